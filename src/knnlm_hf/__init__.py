@@ -1,0 +1,56 @@
+"""Nearest-neighbour language models for Hugging Face transformers.
+
+    P(w|c) = (1−λ) · softmax(W_sm · h_sm)  +  λ · M · softmax( mask_k(W_ds ⊗ h_ds) / t )
+
+Names are imported on first use: `import knnlm_hf` loads neither torch, faiss nor any model code.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "KNNLMForCausalLM": "modeling",
+    "KNNLMConfig": "modeling",
+    "Datastore": "build",
+    "KNNMemory": "memory",
+    "Memory": "memory",
+    "Neighbors": "types",
+    "TokenScores": "scoring",
+    "score": "scoring",
+    "perplexity": "scoring",
+    "tune": "tuning",
+    "KNNLMError": "errors",
+    "DatastoreError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:
+    from knnlm_hf.build import Datastore as Datastore
+    from knnlm_hf.errors import DatastoreError as DatastoreError
+    from knnlm_hf.errors import KNNLMError as KNNLMError
+    from knnlm_hf.memory import KNNMemory as KNNMemory
+    from knnlm_hf.memory import Memory as Memory
+    from knnlm_hf.modeling import KNNLMConfig as KNNLMConfig
+    from knnlm_hf.modeling import KNNLMForCausalLM as KNNLMForCausalLM
+    from knnlm_hf.scoring import TokenScores as TokenScores
+    from knnlm_hf.scoring import perplexity as perplexity
+    from knnlm_hf.scoring import score as score
+    from knnlm_hf.tuning import tune as tune
+    from knnlm_hf.types import Neighbors as Neighbors
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'knnlm_hf' has no attribute {name!r}")
+    value = getattr(import_module(f"knnlm_hf.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

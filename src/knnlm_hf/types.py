@@ -1,0 +1,80 @@
+"""The few types and range checks that every room shares.
+
+Shape suffixes, here and everywhere: B batch, T position, Q query, K neighbour (or k), N datastore
+entry, D hidden dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+from torch import Tensor
+
+from knnlm_hf.errors import SettingError
+
+Metric = Literal["l2", "ip"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+
+
+class Neighbors(NamedTuple):
+    """The k nearest entries of Q queries, nearest first.
+
+    `similarity` is −‖q−k‖² for `l2` and q·k for `ip`: always larger is nearer. A missing hit has
+    similarity −inf, id −1 and token −1, and stands last.
+    """
+
+    similarity: Tensor
+    """(Q, K) float32."""
+    ids: Tensor
+    """(Q, K) int64, entry numbers."""
+    tokens: Tensor
+    """(Q, K) int64, the value (next token) of each entry."""
+
+
+class KeyRows(Protocol):
+    """Random and sequential access to N keys of D dimensions, wherever they lie."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, ids: Any) -> Tensor:
+        """Rows `ids` (an int, slice, sequence or integer tensor of any shape) in stored dtype."""
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order as (first entry number, (≤ size, D) view), without copying them."""
+
+
+def check_metric(metric: str) -> Metric:
+    """Return `metric` if it is one of `l2` and `ip`; raise `SettingError` otherwise."""
+    for known in METRICS:
+        if metric == known:
+            return known
+    raise SettingError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
+
+
+def check_k(k: Any) -> int:
+    """Return `k` as an int if k ≥ 1; raise `SettingError` otherwise."""
+    if isinstance(k, bool) or int(k) != k or k < 1:
+        raise SettingError(f"k is {k!r}, expected a whole number of neighbours, 1 or more")
+    return int(k)
+
+
+def check_temperature(temperature: Any) -> float:
+    """Return the temperature as a float if 0 < t < ∞; raise `SettingError` otherwise."""
+    value = float(temperature)
+    if not 0 < value < math.inf:
+        raise SettingError(f"temperature is {temperature!r}, expected a number above 0")
+    return value
+
+
+def check_lmbda(lmbda: Any) -> float:
+    """Return λ as a float if 0 ≤ λ < 1; raise `SettingError` otherwise."""
+    value = float(lmbda)
+    if not 0 <= value < 1:
+        raise SettingError(f"lmbda is {lmbda!r}, expected 0 <= lmbda < 1")
+    return value
