@@ -1,0 +1,89 @@
+"""What the wrapper, scoring and saving know of a memory: five names, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from knnlm_hf.errors import KNNLMError
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """A distribution over the vocabulary, given hidden states: the second term of the equation.
+
+    A class that has these five names is a memory; it need not inherit from anything. It may also
+    have `check_model(model)`, raising `ModelMismatchError` for a model that it was not made with,
+    and `settings()`, plain data from which `save_pretrained` can restore it.
+    """
+
+    layer: str
+    """The captured representation it expects: `att`, `ffn`, `final` or a module path."""
+    hidden_size: int
+    """D."""
+    vocab_size: int
+    """V."""
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of every token: (..., D) → (..., V) float32.
+
+        −inf where a token is impossible; a row of only −inf says "no opinion" (no neighbour at
+        all), and the mixture then is the language model alone.
+        """
+
+    def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probability of one token per state: (..., D), (...) → (...) float32."""
+
+
+class Evidence(NamedTuple):
+    """What a memory knows of Q target tokens, kept so that k and t can be changed afterwards.
+
+    A kNN memory gives `similarity` and `is_target`; any other gives `log_probs`.
+    """
+
+    similarity: Tensor | None = None
+    """(Q, K) float32, nearest first, −inf for a missing hit."""
+    is_target: Tensor | None = None
+    """(Q, K) bool: neighbour k carries the target."""
+    log_probs: Tensor | None = None
+    """(Q,) float32."""
+
+
+def evidence(
+    memory: Memory, hidden_QD: Tensor, tokens_Q: Tensor, exclude_Q: Tensor | None = None
+) -> Evidence:
+    """What `memory` says of each target, in the form that keeps most settings open.
+
+    Args:
+        memory: any memory.
+        hidden_QD: (Q, D) captured states.
+        tokens_Q: (Q,) target tokens.
+        exclude_Q: (Q,) entry numbers that a query must not find, for a memory that can search.
+    """
+    if not hasattr(memory, "search"):
+        if exclude_Q is not None:
+            raise KNNLMError("only a memory with a datastore can exclude entries by number")
+        return Evidence(log_probs=memory.token_log_probs(hidden_QD, tokens_Q))
+    near = memory.search(hidden_QD, exclude=exclude_Q)
+    return Evidence(near.similarity, near.tokens == tokens_Q.to(near.tokens.device)[:, None])
+
+
+def as_memory(source: Any) -> Memory:
+    """A memory from a memory, an open datastore, or the path or Hub id of a datastore."""
+    from knnlm_hf.datastore import DatastoreReader
+    from knnlm_hf.memory.knn import KNNMemory
+
+    if isinstance(source, str | Path | DatastoreReader):
+        return KNNMemory(source)
+    if isinstance(source, Memory):
+        return source
+    missing = [name for name in _NAMES if not hasattr(source, name)]
+    raise KNNLMError(
+        f"{type(source).__name__} is no memory (it lacks {', '.join(missing)}): "
+        "expected a Datastore, the path of one, a KNNMemory or a head"
+    )
+
+
+_NAMES = ("layer", "hidden_size", "vocab_size", "log_probs", "token_log_probs")

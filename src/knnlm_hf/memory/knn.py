@@ -1,0 +1,246 @@
+"""The datastore as a memory: M · softmax(mask_k(W_ds ⊗ h_ds) / t)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knnlm_hf.datastore import DatastoreReader
+from knnlm_hf.errors import KNNLMError, SearchIndexError, SettingError
+from knnlm_hf.index import ExactIndex, SearchIndex, open_index, rescore, wrap_index
+from knnlm_hf.interpolation import default_temperature, knn_log_probs, token_knn_log_probs
+from knnlm_hf.types import Metric, Neighbors, check_k, check_metric, check_temperature
+
+_log = logging.getLogger(__name__)
+_MANY_ENTRIES = 1_000_000  # above this, exact search without having been asked for is worth a word
+_MAX_DISTRIBUTION = 1 << 26  # (Q, V) elements made at a time
+
+
+class KNNMemory:
+    """The k nearest entries of a datastore, as a distribution over their next tokens.
+
+        p(w | h) = Σ_{i ∈ kNN(h), value_i = w} softmax(s_i / t)_i,   s_i = −‖h − key_i‖² or h·key_i
+
+    The three mask × score modes of the paper (section 6): index mask and index score (any
+    approximate `index`), index mask and real score (`rescore=True`), real mask and real score
+    (`index="exact"`).
+
+    Args:
+        store: a datastore, its path, or its Hub dataset id.
+        k: neighbours per query, ≥ 1; the paper uses 1024.
+        temperature: t > 0, in units of the similarity. None: from the index's self-check (see
+            `interpolation.default_temperature`); `tune` fits it.
+        metric: `l2` (similarity −‖q−k‖²) or `ip` (q·k). Their temperatures are not comparable.
+        index: `auto` (the store's built index of that metric, exact search if there is none),
+            `exact`, a FAISS factory string that was built, a `SearchIndex`, or a `faiss.Index`
+            whose ids are the store's entry numbers.
+        rescore: replace the index's similarities by the true ones, from the stored keys.
+
+    Raises:
+        SettingError: k, temperature or metric out of range.
+        DatastoreError: the store is missing, unfinished or damaged.
+        SearchIndexError: the index is missing, stale, of another metric or another size.
+    """
+
+    def __init__(
+        self,
+        store: DatastoreReader | str | Path,
+        k: int = 1024,
+        temperature: float | None = None,
+        metric: str = "l2",
+        index: Any = "auto",
+        rescore: bool = False,
+    ) -> None:
+        self.metric: Metric = check_metric(metric)
+        self.k = k
+        if temperature is not None:
+            temperature = check_temperature(temperature)
+        self.store = store if isinstance(store, DatastoreReader) else DatastoreReader.open(store)
+        self.rescore = rescore
+        self.index_name = index if isinstance(index, str) else "auto"
+        self.index = self._find_index(index)
+        self._temperature = temperature
+
+    def __repr__(self) -> str:
+        return (
+            f"KNNMemory({str(self.store.path)!r}, k={self.k}, temperature={self._temperature}, "
+            f"metric={self.metric!r}, index={self.index_name!r}, rescore={self.rescore})"
+        )
+
+    @property
+    def layer(self) -> str:
+        """The layer whose states are the keys."""
+        return self.store.layer
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the keys."""
+        return self.store.dim
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the model that built the store."""
+        return self.store.vocab_size
+
+    @property
+    def k(self) -> int:
+        """Neighbours per query."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        self._k = check_k(k)
+
+    @property
+    def temperature(self) -> float:
+        """t, in units of the similarity; from the data unless it was given."""
+        if self._temperature is None:
+            self._temperature = self._temperature_from_data()
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float) -> None:
+        self._temperature = check_temperature(temperature)
+
+    def search(
+        self, queries: Tensor, k: int | None = None, *, exclude: Tensor | None = None
+    ) -> Neighbors:
+        """The k nearest entries of each query, nearest first.
+
+        Args:
+            queries: (Q, D), any float dtype and device.
+            k: neighbours to return; default: the memory's own.
+            exclude: (Q,) entry numbers (−1: none). A query that comes from the datastore's own
+                text must not find itself; it is dropped by number, not by rank.
+
+        Returns:
+            `Neighbors` of (Q, k) tensors on the queries' device; missing hits −inf, −1, −1.
+        """
+        k = self.k if k is None else check_k(k)
+        if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
+            raise KNNLMError(
+                f"queries have shape {tuple(queries.shape)}, expected (Q, {self.hidden_size}): "
+                f"the datastore has {self.hidden_size}-d keys of layer {self.layer!r}"
+            )
+        wanted = k if exclude is None else k + 1
+        similarity_QK, ids_QK = self.index.search(queries, wanted)
+        if self.rescore and not self.index.scores_are_exact:
+            similarity_QK = rescore(queries, ids_QK, self.store.keys, self.metric)
+        if exclude is not None:
+            is_self_QK = ids_QK == exclude.to(ids_QK.device)[:, None]
+            similarity_QK = similarity_QK.masked_fill(is_self_QK, -torch.inf)
+            ids_QK = ids_QK.masked_fill(is_self_QK, -1)
+        if exclude is not None or self.rescore:
+            similarity_QK, order_QK = similarity_QK.sort(dim=1, descending=True, stable=True)
+            similarity_QK, ids_QK = similarity_QK[:, :k], ids_QK.gather(1, order_QK[:, :k])
+        return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """log p_kNN of every token: (..., D) → (..., V) float32, −inf where no neighbour is."""
+        hidden_QD = hidden.reshape(-1, hidden.shape[-1])
+        step = max(1, _MAX_DISTRIBUTION // self.vocab_size)
+        parts = []
+        for chunk_QD in hidden_QD.split(step):
+            near = self.search(chunk_QD)
+            parts.append(
+                knn_log_probs(near.similarity, near.tokens, self.temperature, self.vocab_size)
+            )
+        if not parts:
+            return hidden.new_empty((*hidden.shape[:-1], self.vocab_size), dtype=torch.float32)
+        log_probs_QV = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return log_probs_QV.reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """log p_kNN of one token per state, without a (..., V) tensor: (..., D), (...) → (...).
+
+        −inf where no neighbour carries the token.
+        """
+        if tokens.shape != hidden.shape[:-1]:
+            raise KNNLMError(
+                f"tokens have shape {tuple(tokens.shape)}, expected {tuple(hidden.shape[:-1])}, "
+                "one per hidden state"
+            )
+        near = self.search(hidden.reshape(-1, hidden.shape[-1]))
+        is_target_QK = near.tokens == tokens.reshape(-1, 1).to(near.tokens.device)
+        log_probs_Q = token_knn_log_probs(near.similarity, is_target_QK, self.temperature)
+        return log_probs_Q.reshape(tokens.shape)
+
+    def check_model(self, model: Any) -> None:
+        """Raise `ModelMismatchError` unless the store was built with (a cast of) this model."""
+        self.store.check_model(model)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but the store, as plain data: what `save_pretrained` keeps."""
+        return {
+            "kind": "knn",
+            "k": self.k,
+            "temperature": self.temperature,
+            "metric": self.metric,
+            "index": self.index_name,
+            "rescore": self.rescore,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KNNMemory:
+        """A second memory with settings of its own on the same store and index."""
+        twin = KNNMemory.__new__(KNNMemory)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles as its store's path and settings; the other process opens the files itself."""
+        path = str(self.store.path.resolve())
+        name = self.index_name
+        return KNNMemory, (path, self.k, self._temperature, self.metric, name, self.rescore)
+
+    def _find_index(self, index: Any) -> SearchIndex:
+        if not isinstance(index, str):
+            return wrap_index(index, self.metric, entries=len(self.store), dim=self.store.dim)
+        if index == "exact":
+            return ExactIndex(self.store.keys, self.metric)
+        built = open_index(
+            self.store.keys,
+            self.store.path / "indexes",
+            spec=index,
+            metric=self.metric,
+            digest=self.store.digest,
+        )
+        if built is not None:
+            return built
+        if index != "auto":
+            raise SearchIndexError(
+                f"{self.store.path} has no index {index!r} for metric {self.metric!r}: build it "
+                f"with store.build_index({index!r}, metric={self.metric!r}), or use index='exact'"
+            )
+        if len(self.store) > _MANY_ENTRIES:
+            _log.warning(
+                "%s has no index for metric %r: searching its %d entries exactly, which is slow. "
+                "Build one with store.build_index('auto', metric=%r).",
+                self.store.path, self.metric, len(self.store), self.metric,
+            )  # fmt: skip
+        return ExactIndex(self.store.keys, self.metric)
+
+    def _tokens(self, ids_QK: Tensor) -> Tensor:
+        """The values of the entries `ids_QK`; −1 for a missing hit, never the last entry's."""
+        on_host_QK = ids_QK.to("cpu")
+        tokens_QK = self.store.values[on_host_QK.clamp(min=0)].long()
+        return torch.where(on_host_QK < 0, -1, tokens_QK).to(ids_QK.device)
+
+    def _temperature_from_data(self) -> float:
+        info = self.index.info
+        if info is not None and info.temperature is not None:
+            return float(info.temperature)
+        if len(self.store) < 2:
+            return 1.0
+        generator = torch.Generator().manual_seed(0)
+        sample_Q = torch.randint(len(self.store), (64,), generator=generator)
+        near = self.search(self.store.keys[sample_Q].float(), exclude=sample_Q)
+        try:
+            return check_temperature(default_temperature(near.similarity))
+        except SettingError as error:
+            raise KNNLMError(
+                f"no temperature can be taken from {self.store.path}: give one ({error})"
+            ) from error
