@@ -33,13 +33,53 @@ _FORMS = (
 )
 
 
+class Documents:
+    """A corpus as a stream of documents, counting as it goes; made by `documents`."""
+
+    def __init__(
+        self, corpus: Any, tokenizer: Any, vocab_size: int | None, bos_id: int | None
+    ) -> None:
+        self._corpus, self._tokenizer = corpus, tokenizer
+        self._vocab_size, self._bos_id = vocab_size, bos_id
+        self.words: int | None = 0
+        """Whitespace-separated words read so far; None once an item was no text."""
+
+    def __iter__(self) -> Iterator[Document]:
+        self.words = 0
+        largest = length = 0
+        at_start = True
+        for piece in _pieces(self._corpus, self._tokenizer):
+            if at_start and not len(piece.tokens) and piece.more:
+                continue  # nothing of the document yet
+            if self._vocab_size is not None:
+                _check_range(piece, self._vocab_size)
+            if at_start and self._bos_id is not None:
+                piece = _with_bos(piece, self._bos_id)
+            self._count_words(piece)
+            length += len(piece.tokens)
+            largest = max(largest, length)
+            at_start = not piece.more
+            length = 0 if at_start else length
+            yield piece
+        if largest < 2:
+            raise CorpusError(
+                f"no document of the corpus has 2 tokens (the longest has {largest}): "
+                "nothing can be predicted"
+            )
+
+    def _count_words(self, piece: Document) -> None:
+        if self.words is not None:
+            self.words = None if piece.words is None else self.words + piece.words
+
+
 def documents(
     corpus: Any,
     tokenizer: Any = None,
     *,
     vocab_size: int | None = None,
-    bos: int | None = None,
-) -> Iterator[Document]:
+    bos: bool | None = None,
+    config: Any = None,
+) -> Documents:
     """The documents of a corpus in order, long ones in pieces (`Document.more`).
 
     Args:
@@ -47,45 +87,30 @@ def documents(
         tokenizer: a Hugging Face tokeniser; needed where items are text. A document's ids are
             those of `tokenizer(text).input_ids`, whatever its length.
         vocab_size: token ids must lie in [0, vocab_size).
-        bos: id to put before each document that does not begin with it.
+        bos: True puts the tokenizer's BOS, else the config's, before each document that does not
+            begin with it; otherwise documents begin as the tokenizer has it.
+        config: the model's, for `bos`.
 
     Raises:
-        CorpusError: a missing or empty file, a wrong form, ids out of range, text without a
-            tokenizer, or, at the end, no document of at least 2 tokens. Raised while iterating.
+        CorpusError: now, a BOS that neither has; while iterating, a missing or empty file, a wrong
+            form, ids out of range, text without a tokenizer, or, at the end, no document of at
+            least 2 tokens.
     """
-    largest = length = 0
-    at_start = True
-    for piece in _pieces(corpus, tokenizer):
-        if at_start and not len(piece.tokens) and piece.more:
-            continue  # nothing of the document yet
-        if vocab_size is not None:
-            _check_range(piece, vocab_size)
-        if at_start and bos is not None and (not len(piece.tokens) or piece.tokens[0] != bos):
-            tokens = np.concatenate([np.array([bos], dtype=np.int32), piece.tokens])
-            piece = replace(piece, tokens=tokens)
-        length += len(piece.tokens)
-        yield piece
-        at_start = not piece.more
-        if at_start:
-            largest, length = max(largest, length), 0
-    if largest < 2:
-        raise CorpusError(
-            f"no document of the corpus has 2 tokens (the longest has {largest}): "
-            "nothing can be predicted"
-        )
+    return Documents(corpus, tokenizer, vocab_size, _bos_id(tokenizer, config) if bos else None)
 
 
-def bos_token_id(tokenizer: Any, config: Any) -> int:
-    """The id that begins a document: the tokenizer's BOS, else the model's.
-
-    Raises:
-        CorpusError: neither has one.
-    """
+def _bos_id(tokenizer: Any, config: Any) -> int:
     for owner in (tokenizer, config):
         token_id = getattr(owner, "bos_token_id", None)
         if isinstance(token_id, int):
             return token_id
     raise CorpusError("bos=True, but neither the tokenizer nor the model's config has a BOS token")
+
+
+def _with_bos(piece: Document, bos_id: int) -> Document:
+    if len(piece.tokens) and piece.tokens[0] == bos_id:
+        return piece
+    return replace(piece, tokens=np.append(np.int32(bos_id), piece.tokens))
 
 
 def _check_range(piece: Document, vocab_size: int) -> None:
@@ -101,7 +126,7 @@ def _check_range(piece: Document, vocab_size: int) -> None:
 def _pieces(corpus: Any, tokenizer: Any) -> Iterator[Document]:
     texts = None if tokenizer is None else TextTokenizer(tokenizer)
     if isinstance(corpus, str | PathLike):
-        return _file(Path(corpus).expanduser(), _need(texts, 0))
+        return _file(Path(corpus).expanduser(), texts)
     return _items(_iterable(corpus), texts)
 
 
@@ -111,7 +136,7 @@ def _need(texts: TextTokenizer | None, number: int) -> TextTokenizer:
     return texts
 
 
-def _file(path: Path, texts: TextTokenizer) -> Iterator[Document]:
+def _file(path: Path, texts: TextTokenizer | None) -> Iterator[Document]:
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "no such file"
         raise CorpusError(
@@ -123,7 +148,7 @@ def _file(path: Path, texts: TextTokenizer) -> Iterator[Document]:
             if not file.read(1):
                 raise CorpusError(f"{path}: the file is empty")
             file.seek(0)
-            for tokens, words in texts.pieces(file):
+            for tokens, words in _need(texts, 0).pieces(file):
                 yield Document(0, tokens, words, more=True)
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not a UTF-8 text file ({error.reason})") from error

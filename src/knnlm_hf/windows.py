@@ -60,30 +60,24 @@ class Batch:
 
     input_ids: Tensor
     """(B, T) int64, 0 where padded."""
-    targets_BT: Tensor  # noqa: N815
+    targets: Tensor
     """(B, T) int64, the token after each input, 0 where padded."""
-    is_new_BT: Tensor  # noqa: N815
+    is_new: Tensor
     """(B, T) bool: predictions to score or store. Never a padded position."""
-    lengths: tuple[int, ...]
-    """Tokens of each row before its padding."""
-    documents: tuple[int, ...]
-    """Document number of each row."""
-    starts: tuple[int, ...]
-    """Position in its document of each row's first input; 0 is a document's first window."""
+    lengths: Tensor
+    """(B,) int64, tokens of each row before its padding."""
+    documents: Tensor
+    """(B,) int64, document number of each row."""
+    starts: Tensor
+    """(B,) int64, position in its document of each row's first input; 0 for a first window."""
 
     @property
-    def new(self) -> int:
-        """How many predictions of the batch are new."""
-        return int(self.is_new_BT.sum())
-
-    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """What the model's forward takes: `input_ids`, and an attention mask if rows are padded."""
-        inputs = {"input_ids": self.input_ids.to(device)}
+    def attention_mask(self) -> Tensor | None:
+        """(B, T) int64, 1 where there is a token; None where no row is padded."""
         width = self.input_ids.shape[1]
-        if min(self.lengths) < width:
-            lengths_B1 = torch.tensor(self.lengths)[:, None]
-            inputs["attention_mask"] = (torch.arange(width) < lengths_B1).long().to(device)
-        return inputs
+        if bool((self.lengths == width).all()):
+            return None
+        return (torch.arange(width) < self.lengths[:, None]).long()
 
 
 def windows(tokens: Any, document: int, window: int, stride: int) -> Iterator[Window]:
@@ -132,22 +126,23 @@ def batches(
 
 
 def _batch(rows: list[Window]) -> Batch:
-    lengths = tuple(len(row.tokens) for row in rows)
-    shape = (len(rows), max(lengths))
+    lengths_B = np.array([len(row.tokens) for row in rows])
+    shape = (len(rows), int(lengths_B.max()))
     input_ids_BT = np.zeros(shape, dtype=np.int64)
     targets_BT = np.zeros(shape, dtype=np.int64)
     is_new_BT = np.zeros(shape, dtype=bool)
     for b, row in enumerate(rows):
-        input_ids_BT[b, : lengths[b]] = row.tokens
-        targets_BT[b, : lengths[b]] = row.targets
-        is_new_BT[b, lengths[b] - row.new : lengths[b]] = True
+        length = len(row.tokens)
+        input_ids_BT[b, :length] = row.tokens
+        targets_BT[b, :length] = row.targets
+        is_new_BT[b, length - row.new : length] = True
     return Batch(
-        torch.from_numpy(input_ids_BT),
-        torch.from_numpy(targets_BT),
-        torch.from_numpy(is_new_BT),
-        lengths,
-        tuple(row.document for row in rows),
-        tuple(row.start for row in rows),
+        input_ids=torch.from_numpy(input_ids_BT),
+        targets=torch.from_numpy(targets_BT),
+        is_new=torch.from_numpy(is_new_BT),
+        lengths=torch.from_numpy(lengths_B),
+        documents=torch.tensor([row.document for row in rows]),
+        starts=torch.tensor([row.start for row in rows]),
     )
 
 
