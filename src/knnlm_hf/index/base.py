@@ -1,0 +1,122 @@
+"""What every index is: keys that can be searched, nearest first."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knnlm_hf.errors import KNNLMError, SearchIndexError
+from knnlm_hf.types import Metric, check_k, check_metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """What is known of a built index; kept beside it as `index.json`."""
+
+    spec: str
+    """What was asked for: `auto`, `exact` or a factory string."""
+    factory: str
+    """What was built: `exact` or a factory string, perhaps ending in `Refine(keys)`."""
+    metric: Metric
+    dim: int
+    entries: int
+    digest: str
+    """Identifies the store's contents that were indexed."""
+    nprobe: int | None
+    """Inverted lists visited per query; None where the index has no lists."""
+    seed: int
+    bytes: int
+    """Size of the index file."""
+    sha256: str
+    """Checksum of the index file; empty for `exact`, which has none."""
+    built_at: str
+    """UTC, ISO 8601."""
+    faiss_version: str
+    """Empty for `exact`."""
+    self_check: dict[str, float] = field(default_factory=dict)
+    """See `selfcheck.self_check`."""
+
+    @property
+    def bytes_per_entry(self) -> float:
+        """Size of the index file ÷ N."""
+        return self.bytes / max(self.entries, 1)
+
+    @property
+    def temperature(self) -> float | None:
+        """The suggested t, from the self-check's similarities of this index."""
+        return self.self_check.get("temperature")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON."""
+        return {**asdict(self), "bytes_per_entry": self.bytes_per_entry}
+
+
+class SearchIndex(ABC):
+    """Keys that can be searched.
+
+    `search` checks and casts once for all kinds; a kind implements `_search` on float32.
+    """
+
+    info: IndexInfo | None = None
+    """What is known of the index if it was built by `build_index`; None otherwise."""
+
+    def __init__(self, metric: str, dim: int) -> None:
+        self.metric: Metric = check_metric(metric)
+        self.dim = dim
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """N, the number of keys."""
+
+    @abstractmethod
+    def _search(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """`search` for float32, finite, contiguous queries; Q ≥ 1."""
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature that the index's own self-check suggests; None where there is none."""
+        return None if self.info is None else self.info.temperature
+
+    @torch.no_grad()
+    def search(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find the k nearest keys of each query, nearest first.
+
+        Args:
+            queries_QD: (Q, D), of any floating dtype, on any device.
+            k: how many, ≥ 1; may exceed N.
+
+        Returns:
+            similarity (Q, k) float32, −‖q−k‖² for `l2` and q·k for `ip`; ids (Q, k) int64. Both on
+            the queries' device. A missing hit has similarity −inf and id −1, and stands last.
+
+        Raises:
+            SettingError: k < 1.
+            SearchIndexError: the queries are not (Q, D).
+            KNNLMError: the queries are not finite.
+        """
+        k = check_k(k)
+        if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
+            raise SearchIndexError(
+                f"queries have the shape {tuple(queries_QD.shape)}, "
+                f"the index holds {self.dim}-d keys: expected (Q, {self.dim})"
+            )
+        if queries_QD.shape[0] == 0:
+            return missing(0, k, queries_QD.device)
+        queries_QD = queries_QD.float().contiguous()
+        if not queries_QD.isfinite().all():
+            raise KNNLMError(
+                "the hidden states to search with are not finite (NaN or inf): the model overflowed"
+                " in its dtype; run it in bfloat16 or float32"
+            )
+        with torch.autocast(queries_QD.device.type, enabled=False):
+            return self._search(queries_QD, k)
+
+
+def missing(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Similarities and ids of `rows` queries that found nothing: −inf and −1, (rows, k)."""
+    similarity = torch.full((rows, k), -torch.inf, device=device)
+    return similarity, torch.full((rows, k), -1, dtype=torch.int64, device=device)
