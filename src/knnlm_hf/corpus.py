@@ -49,13 +49,13 @@ class Documents:
         largest = length = 0
         at_start = True
         for piece in _pieces(self._corpus, self._tokenizer):
+            self._count_words(piece)
             if at_start and not len(piece.tokens) and piece.more:
                 continue  # nothing of the document yet
             if self._vocab_size is not None:
                 _check_range(piece, self._vocab_size)
             if at_start and self._bos_id is not None:
                 piece = _with_bos(piece, self._bos_id)
-            self._count_words(piece)
             length += len(piece.tokens)
             largest = max(largest, length)
             at_start = not piece.more
