@@ -131,13 +131,22 @@ def find(model: nn.Module, layer: str) -> CapturePoint:
     Raises:
         CaptureError: the model has no such layer; the message names what it has.
     """
-    path, side = _locate(model, layer)
-    module, hook = model.get_submodule(path), _Hook(path, side)
-    if side == "input" and hook not in module._forward_pre_hooks.values():
+    point = CapturePoint(layer, *_locate(model, layer))
+    arm(model, point)
+    return point
+
+
+def arm(model: nn.Module, point: CapturePoint) -> None:
+    """Put the sleeping hook of `point` into `model`, unless it is there.
+
+    `find` does it; again it is needed where the module was exchanged since, as resized embeddings
+    and adapters do.
+    """
+    module, hook = model.get_submodule(point.path), _Hook(point.path, point.side)
+    if point.side == "input" and hook not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(hook, with_kwargs=True)
-    elif side == "output" and hook not in module._forward_hooks.values():
+    elif point.side == "output" and hook not in module._forward_hooks.values():
         module.register_forward_hook(hook, with_kwargs=True)
-    return CapturePoint(layer, path, side)
 
 
 def _locate(model: nn.Module, layer: str) -> tuple[str, Literal["input", "output"]]:
@@ -178,7 +187,7 @@ def _final(model: nn.Module) -> str:
     head = get_head()
     for path, module in model.named_modules():
         if head is not None and module is head:
-            return path
+            return str(path)
     raise CaptureError(f"{_name(model)} has no output embedding, so no layer 'final'")
 
 

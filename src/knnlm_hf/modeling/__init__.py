@@ -1,0 +1,6 @@
+"""The wrapper: any causal language model of transformers, mixed with any memory."""
+
+from knnlm_hf.modeling.explain import Explanation, Neighbour
+from knnlm_hf.modeling.wrapper import KNNLMForCausalLM
+
+__all__ = ["Explanation", "KNNLMForCausalLM", "Neighbour"]

@@ -1,0 +1,76 @@
+"""What can be wrapped, and whether a memory fits it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from knnlm_hf.capture import CapturePoint, find
+from knnlm_hf.errors import KNNLMError
+
+if TYPE_CHECKING:
+    from knnlm_hf.memory.base import Memory
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The model of transformers that is to be wrapped."""
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise KNNLMError(
+                f"{type(model).__name__} puts virtual tokens before the text, which the model "
+                "inside it does not: prompt learning cannot be wrapped, expected LoRA or alike"
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        hint = " (wrap first, then torch.compile)" if hasattr(model, "_orig_mod") else ""
+        raise KNNLMError(
+            f"cannot wrap {type(model).__name__}: expected a causal language model of transformers"
+            f", such as AutoModelForCausalLM.from_pretrained gives{hint}"
+        )
+    if model.config.is_encoder_decoder or not _has_head(model):
+        kind = "an encoder-decoder" if model.config.is_encoder_decoder else "without an LM head"
+        raise KNNLMError(
+            f"cannot wrap {type(model).__name__}, a model {kind}: expected a causal language model,"
+            " such as AutoModelForCausalLM.from_pretrained gives"
+        )
+    return model
+
+
+def _has_head(model: Any) -> bool:
+    return model.get_output_embeddings() is not None and model.can_generate()
+
+
+def check_fit(
+    model: PreTrainedModel, memory: Memory, layer: str, allow_mismatch: bool
+) -> CapturePoint:
+    """Return where to capture, after checking that `memory` fits `model`."""
+    point = find(model, layer)
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    weight = getattr(head, "weight", None)
+    config = model.config.get_text_config(decoder=True)
+    vocab_size = config.vocab_size if weight is None else weight.shape[0]
+    hidden_size = config.hidden_size if layer in ("att", "ffn") else None
+    if layer == "final" and weight is not None:
+        hidden_size = weight.shape[1]
+    if hidden_size is not None and hidden_size != memory.hidden_size:
+        raise KNNLMError(
+            f"the memory has {memory.hidden_size}-d states (layer {layer!r}), "
+            f"{type(model).__name__} gives {hidden_size}-d: use the model it was made with, or "
+            "make it anew"
+        )
+    if memory.vocab_size > vocab_size:
+        raise KNNLMError(
+            f"the memory has {memory.vocab_size} tokens, {type(model).__name__} only {vocab_size}: "
+            "use the model it was made with, or make it anew"
+        )
+    check_model = getattr(memory, "check_model", None)
+    if check_model is not None and not allow_mismatch:
+        check_model(model)
+    return point
+
+
+def after_slicing(model: PreTrainedModel, point: CapturePoint) -> bool:
+    """Whether `logits_to_keep` has done its work before the states reach `point`."""
+    head = find(model, "final").path
+    return point.path == head or point.path.startswith(f"{head}.")

@@ -1,0 +1,201 @@
+"""One forward of the mixture: run the model, listen, ask the memory, mix.
+
+Shape suffixes: B batch, T position, D hidden dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, pad
+
+from knnlm_hf.capture import CapturePoint, Collector, arm, capturing
+from knnlm_hf.errors import KNNLMError
+from knnlm_hf.interpolation import mix_distributions
+
+if TYPE_CHECKING:
+    from knnlm_hf.memory.base import Memory
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(eq=False)
+class Retrieval:
+    """All that a wrapper has and its model has not."""
+
+    memory: Memory
+    lmbda: float
+    """λ."""
+    point: CapturePoint
+    """Where the memory's states are captured."""
+    sliced: bool
+    """Whether the states there are already only those of the positions with logits."""
+    names: tuple[str, ...]
+    """The arguments of the model's forward."""
+    own_forward: Callable[..., Any] | None
+    """A forward that somebody had put on the model object itself; it is used as the model's."""
+    loss_type: str | None
+    """The model's, put back by `unwrap`."""
+
+
+def as_it_is(function: F) -> F:
+    """Keep torch.compile from compiling `function` itself; what it calls may be compiled."""
+    same: F = torch.compiler.disable(function, recursive=False)  # type: ignore[no-untyped-call]
+    return same
+
+
+@as_it_is
+def mixed_forward(
+    knn: Any, own: Retrieval, inner: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+) -> Any:
+    """Run `inner`, the model's own forward, and return its output with the mixture in it.
+
+    Args:
+        knn: the wrapper.
+        own: its settings.
+        inner: its model's forward, bound.
+        args, kwargs: what the wrapper's forward was given.
+
+    Returns:
+        The model's output (or tuple): `logits` replaced by log P(w|c) in float32, `loss` by the
+        mixture's.
+    """
+    call = _prepare(knn, own, args, kwargs)
+    with capturing(own.point) as heard:
+        output = inner(**call.arguments)
+    return _finish(knn, own, call, output, heard)
+
+
+class _Call(NamedTuple):
+    arguments: dict[str, Any]
+    """Of the model's forward, all by name."""
+    labels: Tensor | None
+    as_tuple: bool
+    lmbda: float
+    """λ as it was at the start of the call."""
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
+    if len(args) > len(own.names):
+        raise TypeError(f"forward takes {len(own.names)} arguments at most, got {len(args)}")
+    arguments = dict(zip(own.names, args, strict=False))
+    if twice := arguments.keys() & kwargs.keys():
+        raise TypeError(f"forward got several values for {', '.join(sorted(twice))}")
+    arguments |= kwargs
+    return_dict = arguments.pop("return_dict", None)
+    if return_dict is None:
+        return_dict = getattr(knn.config, "return_dict", True)
+    arguments["return_dict"] = True
+    arm(knn, own.point)
+    return _Call(arguments, arguments.pop("labels", None), not return_dict, own.lmbda)
+
+
+# Never compiled, nor what it calls: dynamo crashes in faiss, and inductor miscompiles logaddexp of
+# a log-softmax and a scatter_add (the second term vanishes).
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _finish(knn: Any, own: Retrieval, call: _Call, output: Any, heard: Collector) -> Any:
+    logits = output.logits
+    if call.lmbda == 0:
+        logits = log_softmax(logits.float(), dim=-1)
+    elif heard.raw is not None:  # an assistant that exits early never reaches the layer
+        states = _kept_states(own, call.arguments, heard, logits)
+        logits = mixture(logits, states, own.memory, call.lmbda)
+    changed: dict[str, Any] = {"logits": logits}
+    if call.labels is not None:
+        changed["loss"] = _loss(knn, logits, call.labels, output, call.arguments)
+    output = dataclasses.replace(output, **changed)
+    return output.to_tuple() if call.as_tuple else output
+
+
+def mixture(logits: Tensor, states: Tensor, memory: Memory, lmbda: float) -> Tensor:
+    """log P(w|c) = log((1−λ) · softmax(logits) + λ · P_memory(w | states)), in float32.
+
+    Args:
+        logits: (..., V), any float dtype.
+        states: (..., D), the same leading shape.
+        memory: its vocabulary may be smaller than V (padded embeddings), not larger.
+        lmbda: λ in (0, 1).
+    """
+    lm = log_softmax(logits.float(), dim=-1)
+    return mix_distributions(lm, memory_log_probs(states, memory, lm), lmbda)
+
+
+def memory_log_probs(states: Tensor, memory: Memory, like: Tensor) -> Tensor:
+    """The memory's answer, on the device and with the vocabulary of `like` (..., V)."""
+    if states.shape[-1] != memory.hidden_size:
+        raise KNNLMError(
+            f"the memory has {memory.hidden_size}-d states (layer {memory.layer!r}), the model "
+            f"gives {states.shape[-1]}-d: use the model it was made with, or make it anew"
+        )
+    answer = memory.log_probs(states).to(like.device)
+    missing = like.shape[-1] - answer.shape[-1]
+    if missing < 0:
+        raise KNNLMError(
+            f"the memory has {answer.shape[-1]} tokens, the model only {like.shape[-1]}: use the "
+            "model it was made with, or make it anew"
+        )
+    return pad(answer, (0, missing), value=-torch.inf) if missing else answer
+
+
+def _kept_states(
+    own: Retrieval, arguments: dict[str, Any], heard: Collector, logits: Tensor
+) -> Tensor:
+    """The captured states of exactly those positions that have logits."""
+    if own.sliced:
+        states = heard.raw
+    else:
+        inputs = arguments.get("input_ids")
+        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
+        states = heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)
+        if states is not None and "logits_to_keep" in own.names:
+            states = _slice(states, arguments.get("logits_to_keep", 0))
+    shape = () if states is None else tuple(states.shape)
+    if states is None or shape[:-1] != logits.shape[:-1]:
+        raise KNNLMError(
+            f"layer {heard.point.layer!r} gives states of shape {shape} for logits "
+            f"of shape {tuple(logits.shape)}, expected one state per logit: choose another layer"
+        )
+    return states
+
+
+def _slice(states_BTD: Tensor, keep: Any) -> Tensor:
+    """Select positions as transformers' `logits_to_keep` does.
+
+    Args:
+        states_BTD: (B, T, D).
+        keep: the last n (0 or None: all), 1-D positions, 2-D positions per row, or a 2-D mask,
+            which gives (number of True, D).
+    """
+    if not isinstance(keep, Tensor):
+        return states_BTD[:, -keep:] if keep else states_BTD
+    keep = keep.to(states_BTD.device)
+    if keep.dim() == 2 and keep.dtype == torch.bool:
+        return states_BTD[keep]
+    if keep.dim() == 2:
+        return torch.take_along_dim(states_BTD, keep[..., None], dim=1)
+    return states_BTD[:, keep] if keep.dim() else _slice(states_BTD, int(keep))
+
+
+def _loss(
+    knn: Any, logits: Tensor, labels: Tensor, output: Any, arguments: dict[str, Any]
+) -> Tensor:
+    """The mixture's loss. Log-probabilities are their own log-softmax, so it is the exact NLL."""
+    options = {k: v for k, v in arguments.items() if k in _LOSS_OPTIONS}
+    loss: Tensor = knn.loss_function(
+        logits=logits, labels=labels, vocab_size=logits.shape[-1], **options
+    )
+    auxiliary = getattr(output, "aux_loss", None)  # balances the experts, where it was asked for
+    if isinstance(auxiliary, Tensor):
+        coefficients = (getattr(knn, name, None) for name in _AUXILIARY)
+        coefficient = next((c for c in coefficients if c is not None), 0.0)
+        loss = loss + coefficient * auxiliary.to(loss.device)
+    return loss
+
+
+_LOSS_OPTIONS = ("num_items_in_batch", "ignore_index", "shift_labels")
+_AUXILIARY = ("router_aux_loss_coef", "aux_loss_coef")

@@ -1,0 +1,261 @@
+"""KNNLMForCausalLM: the equation, as a model of transformers.
+
+    P(w|c) = (1−λ) · softmax(W_sm · h_sm)  +  λ · P_memory(w | h_ds)
+
+The wrapper is an object of a *subclass of the model's own class*, made on the fly, that shares the
+model's weights. Everything that transformers does with the model it therefore does with the
+wrapper; only `forward` differs. What surprises in this file answers to a trap:
+
+- the subclass keeps the name and module of the model's class, by which transformers looks things
+  up, and `forward` keeps its signature, which generate, Trainer and lm-eval read;
+- memory and λ live in one plain object, so that no parameter, buffer or submodule is added;
+- labels are not handed to the model: the loss is the mixture's;
+- search and mixture are never traced by torch.compile.
+
+Shape suffixes: B batch, T position, D hidden dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+from functools import wraps
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from knnlm_hf.capture import CapturePoint
+from knnlm_hf.memory.base import as_memory
+from knnlm_hf.modeling.clone import rebind, shallow_clone
+from knnlm_hf.modeling.explain import Explanation, explain
+from knnlm_hf.modeling.fit import after_slicing, base_of, check_fit
+from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
+from knnlm_hf.types import check_lmbda
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
+
+    class _Model(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+        """What every wrapper also is, at run time: a model that generates."""
+
+else:
+    _Model = object
+
+_disabled: ContextVar[frozenset[int]] = ContextVar("knnlm_hf_disabled", default=frozenset())
+
+
+class KNNLMForCausalLM(_Model):  # type: ignore[no-untyped-call]
+    """A causal language model mixed with a memory.
+
+    Args:
+        model: a causal language model of transformers (or a PEFT model around one). It shares its
+            weights with the wrapper, and stays usable as it was. A wrapper is wrapped anew.
+        memory: a memory, a `Datastore`, or the path or Hub id of a datastore.
+        lmbda: λ in [0, 1), the memory's share. Can be set later: `knn.lmbda = 0.3`.
+        layer: where the memory's states are captured, if not at `memory.layer`.
+        allow_mismatch: use a memory that was made with another model, knowingly.
+
+    `forward` takes what the model's takes. `logits` are log P(w|c) in float32; `loss` is the
+    mixture's mean negative log-likelihood in nats over the shifted labels.
+
+    Raises:
+        KNNLMError: no causal language model, another hidden size, a larger vocabulary, λ out of
+            range.
+        CaptureError: the model has no such layer.
+        ModelMismatchError: the memory was made with another model.
+    """
+
+    def __new__(
+        cls,
+        model: Any,
+        memory: Any,
+        lmbda: float = 0.25,
+        *,
+        layer: str | None = None,
+        allow_mismatch: bool = False,
+    ) -> KNNLMForCausalLM:
+        """Return a wrapper, which is also an instance of the model's own class."""
+        base = model.unwrap() if isinstance(model, KNNLMForCausalLM) else base_of(model)
+        lmbda = check_lmbda(lmbda)
+        memory = as_memory(memory)
+        point = check_fit(base, memory, layer or memory.layer, allow_mismatch)
+        knn: KNNLMForCausalLM = shallow_clone(base, _subclass(_mixin(cls), type(base)))
+        knn.__dict__["_knnlm"] = Retrieval(
+            memory,
+            lmbda,
+            point,
+            after_slicing(base, point),
+            tuple(inspect.signature(type(base).forward).parameters)[1:],
+            _take_own_forward(knn),
+            getattr(base, "loss_type", None),
+        )
+        knn.__dict__["loss_type"] = "ForCausalLM"  # GPT2LMHeadModel and others do not say it
+        if "generation_config" in knn.__dict__:
+            knn.__dict__["generation_config"] = copy.deepcopy(base.generation_config)
+        return knn
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: Python calls it after `__new__`, on an object that is complete."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "memory":  # nn.Module would register a head as a submodule
+            self._set_memory(value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def _own(self) -> Retrieval:
+        own: Retrieval = self.__dict__["_knnlm"]
+        return own
+
+    @property
+    def memory(self) -> Any:
+        """The memory; another one can be set."""
+        return self._own.memory
+
+    def _set_memory(self, memory: Any) -> None:
+        memory = as_memory(memory)
+        point = check_fit(self.unwrap(), memory, memory.layer, allow_mismatch=False)
+        sliced = after_slicing(self, point)
+        self.__dict__["_knnlm"] = replace(self._own, memory=memory, point=point, sliced=sliced)
+
+    @property
+    def lmbda(self) -> float:
+        """λ, the memory's share of the mixture: 0 ≤ λ < 1."""
+        return self._own.lmbda
+
+    @lmbda.setter
+    def lmbda(self, value: float) -> None:
+        self._own.lmbda = check_lmbda(value)
+
+    @property
+    def capture_point(self) -> CapturePoint:
+        """Where in the model the memory's states are read."""
+        return self._own.point
+
+    @contextmanager
+    def disable_retrieval(self) -> Iterator[None]:
+        """Inside the block this wrapper is exactly its model: same dtype, same loss, bit-equal.
+
+        Holds for the calling thread (and `generate_batch` from it), nests, ends with the block.
+        """
+        token = _disabled.set(_disabled.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _disabled.reset(token)
+
+    @property
+    def retrieves(self) -> bool:
+        """False inside `disable_retrieval()`."""
+        return id(self) not in _disabled.get()
+
+    def unwrap(self) -> PreTrainedModel:
+        """Return the model alone, on the same weights."""
+        base: type[PreTrainedModel] = type(self)._knnlm_base  # type: ignore[attr-defined]
+        model = shallow_clone(self, base)
+        del model.__dict__["_knnlm"]
+        model.__dict__["loss_type"] = self._own.loss_type
+        if self._own.own_forward is not None:
+            model.__dict__[_forward_slot(model)] = rebind(self._own.own_forward, self, model)
+        return model
+
+    def explain(self, input_ids: Any, top: int = 5, tokenizer: Any = None) -> list[Explanation]:
+        """What the memory says at each position of one text, and from where.
+
+        Args:
+            input_ids: (T,) or (1, T) token ids.
+            top: neighbours to show at each position, ≥ 1.
+            tokenizer: for the texts; default: the one kept in the datastore, if any.
+
+        Raises:
+            KNNLMError: more than one text, or a memory without neighbours to show.
+        """
+        return explain(self, input_ids, top, tokenizer)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own; inside `disable_retrieval()` its worker thread is without it too."""
+        model: Any = super() if self.retrieves else self.unwrap()
+        return model.init_continuous_batching(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Show λ and the memory in `print(knn)`."""
+        memory = type(self.memory).__name__
+        return f"lmbda={self.lmbda}, memory={memory}, layer={self._own.point.layer!r}"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KNNLMForCausalLM:
+        """Copies the model, not the memory."""
+        return _rebuild(_mixin(type(self)), copy.deepcopy(self.unwrap(), memo), *self._settings())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles the model as its own class; the memory pickles itself, or says why not."""
+        return _rebuild, (_mixin(type(self)), self.unwrap(), *self._settings())
+
+    def _settings(self) -> tuple[Any, float, str]:
+        return self._own.memory, self._own.lmbda, self._own.point.layer
+
+
+def _rebuild(
+    mixin: type[KNNLMForCausalLM], base: Any, memory: Any, lmbda: float, layer: str
+) -> KNNLMForCausalLM:
+    return mixin(base, memory, lmbda, layer=layer, allow_mismatch=True)
+
+
+def _mixin(cls: type[KNNLMForCausalLM]) -> type[KNNLMForCausalLM]:
+    """KNNLMForCausalLM, or the user's subclass of it, behind a class made by `_subclass`."""
+    mixin: type[KNNLMForCausalLM] = cls.__dict__.get("_knnlm_mixin", cls)
+    return mixin
+
+
+_classes: dict[tuple[type, type], type[Any]] = {}
+
+
+def _subclass(mixin: type[KNNLMForCausalLM], base: type[PreTrainedModel]) -> type[Any]:
+    """The class of wrappers around models of class `base`, made once."""
+    if (mixin, base) not in _classes:
+        _classes[mixin, base] = _new_subclass(mixin, base)
+    return _classes[mixin, base]
+
+
+def _new_subclass(mixin: type[KNNLMForCausalLM], base: type[PreTrainedModel]) -> type[Any]:
+
+    @wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own: Retrieval | None = self.__dict__.get("_knnlm")
+        inner = (own and own.own_forward) or base.forward.__get__(self)
+        if own is None or not self.retrieves:
+            return inner(*args, **kwargs)
+        return mixed_forward(self, own, inner, args, kwargs)
+
+    members = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "config_class": base.config_class,
+        "_knnlm_base": base,
+        "_knnlm_mixin": mixin,
+        "forward": as_it_is(forward),
+    }
+    return type(base.__name__, (mixin, base), members)
+
+
+def _forward_slot(model: PreTrainedModel) -> str:
+    """The attribute whose forward accelerate's hook calls, if it hooked the model."""
+    return "_old_forward" if "_hf_hook" in model.__dict__ else "forward"
+
+
+def _take_own_forward(knn: KNNLMForCausalLM) -> Callable[..., Any] | None:
+    """Take a forward that was put on the model object off the wrapper, and return it."""
+    slot = _forward_slot(knn)
+    forward = knn.__dict__.get(slot)
+    if forward is None or getattr(forward, "__func__", None) is type(knn).forward:
+        return None
+    del knn.__dict__[slot]
+    if slot == "_old_forward":
+        knn.__dict__[slot] = MethodType(type(knn).forward, knn)
+    own: Callable[..., Any] = forward
+    return own
