@@ -1,0 +1,84 @@
+"""Files that are there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from knnlm_hf.errors import DatastoreError
+
+TEMPORARY = ".tmp"
+"""Suffix of what is not finished; anything of that name may be removed by the next build."""
+
+
+def temporary(path: Path) -> Path:
+    """The name `path` has until it is finished."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file atomically."""
+    unfinished = temporary(path)
+    try:
+        with unfinished.open("wb") as file:
+            file.write(data)
+            sync(file.fileno())
+        publish(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write into a temporary folder, then give it its name; `path` must not exist."""
+    unfinished = temporary(path)
+    try:
+        unfinished.mkdir()
+        fill(unfinished)
+        for file in sorted(unfinished.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    sync(opened.fileno())
+        publish(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Rename to the final name, durably."""
+    os.replace(unfinished, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            sync(folder)
+        finally:
+            os.close(folder)
+
+
+def sync(descriptor: int) -> None:
+    """Return when the file's contents are on the disk."""
+    os.fsync(descriptor)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a killed build left unfinished."""
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
+
+
+@contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block (disk full, read-only, …) into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise DatastoreError(
+            f"{path}: cannot write the datastore: {reason}; what is finished is kept, so the same "
+            "build resumes once that is mended"
+        ) from error

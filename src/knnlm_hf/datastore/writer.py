@@ -1,0 +1,156 @@
+"""Shards on their way to the disk: keys are streamed, so memory does not grow with them.
+
+A shard is a safetensors file of `keys` (n, D), `values` (n,) int32 and `document_starts` (m,)
+int64: for each document that begins in the shard, the number of its first entry in the whole store
+(for a document without entries, of the next one). Its header has a fixed size, padded with spaces
+as the format allows, and is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from knnlm_hf.datastore import atomic
+from knnlm_hf.datastore.manifest import DATA_START, Manifest, Shard
+
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class ShardText:
+    """What a shard holds besides its keys."""
+
+    values: npt.NDArray[np.int32]
+    document_starts: npt.NDArray[np.int64]
+    corpus: str
+    """Sha-256 of the corpus up to the shard's end."""
+
+
+def shard_header(manifest: Manifest, rows: int, documents: int) -> bytes:
+    """The first `DATA_START` bytes of a shard of `rows` entries where `documents` begin."""
+    sizes: dict[str, tuple[str, list[int], int]] = {
+        "keys": (
+            SAFETENSORS_DTYPES[manifest.dtype],
+            [rows, manifest.dim],
+            rows * manifest.row_bytes,
+        ),
+        "values": ("I32", [rows], rows * 4),
+        "document_starts": ("I64", [documents], documents * 8),
+    }
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape, size) in sizes.items():
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(table).encode()
+    length = DATA_START - 8
+    return struct.pack("<Q", length) + text + b" " * (length - len(text))
+
+
+def file_sha256(path: Path) -> str:
+    """Sha-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StoreWriter:
+    """Appends entries to the store in `folder`, continuing after the manifest's last shard.
+
+    Keys come with `append`, in entry order. The rest of each shard comes with `put`, in shard
+    order and no later than the shard's last key; a full shard is closed when the next key comes, so
+    that the last one is closed by `finish`, together with the manifest's `complete`.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._folder = folder
+        self._texts: deque[ShardText] = deque()
+        self._file: IO[bytes] | None = None
+        self._rows = 0
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:  # the shard was not finished
+            self._file.close()
+            self._file = None
+            atomic.temporary(self._path).unlink(missing_ok=True)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / f"shard-{len(self.manifest.shards):05d}.safetensors"
+
+    def put(self, text: ShardText) -> None:
+        """Hand over the values and document starts of the next shard that has none yet."""
+        self._texts.append(text)
+
+    def append(self, keys_ND: Tensor) -> None:
+        """Append keys in the store's dtype, on the CPU."""
+        keys_ND = keys_ND.contiguous()
+        if keys_ND.dtype == torch.bfloat16:  # numpy has no such type
+            keys_ND = keys_ND.view(torch.int16)
+        rows = keys_ND.numpy()
+        while len(rows):
+            if self._rows == self.manifest.shard_size:
+                self._close(self._texts.popleft())
+            room = self.manifest.shard_size - self._rows
+            self._write(rows[:room])
+            rows = rows[room:]
+
+    def finish(self, documents: int) -> Manifest:
+        """Close the last shard, and the store with it; all texts must have been put."""
+        self._close(self._texts.popleft(), documents)
+        return self.manifest
+
+    def _write(self, rows: npt.NDArray[Any]) -> None:
+        if self._file is None:
+            self._file = atomic.temporary(self._path).open("wb", buffering=0)
+            self._file.seek(DATA_START)
+        _write_all(self._file, rows)
+        self._rows += len(rows)
+
+    def _close(self, text: ShardText, documents: int | None = None) -> None:
+        assert self._file is not None
+        assert len(text.values) == self._rows
+        path, file = self._path, self._file
+        _write_all(file, text.values)
+        _write_all(file, text.document_starts)
+        size = file.tell()
+        file.seek(0)
+        _write_all(file, shard_header(self.manifest, self._rows, len(text.document_starts)))
+        atomic.sync(file.fileno())
+        file.close()
+        self._file = None
+        unfinished = atomic.temporary(path)
+        shard = Shard(path.name, self._rows, size, file_sha256(unfinished), text.corpus)
+        atomic.publish(unfinished, path)
+        self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
+        if documents is not None:
+            self.manifest = replace(self.manifest, documents=documents, complete=True)
+        self.manifest.save(self._folder)
+        self._rows = 0
+
+
+def _write_all(file: IO[bytes], data: Any) -> None:
+    """Write all of it: a single unbuffered write may stop short, on a full disk for one."""
+    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    while len(view):
+        view = view[file.write(view) :]
