@@ -33,7 +33,7 @@ class TokenScores:
     context: Tensor
     """(N,) int32, how many tokens the model saw before it, in its window."""
     similarity: Tensor | None = None
-    """(N, K) float32, of its neighbours, nearest first, −inf for a missing hit; None without kNN."""
+    """(N, K) float32, nearest first, −inf for a missing hit; None for a memory without search."""
     is_target: Tensor | None = None
     """(N, K) bool, whether the neighbour carries the token."""
     memory_scores: Tensor | None = None
@@ -111,7 +111,7 @@ class TokenScores:
             temperature: t > 0; default: the scored memory's.
             k: 1 ≤ k ≤ the k that was scored; default: that one.
         """
-        return _exp(self.nll(lmbda, temperature, k))
+        return exp(self.nll(lmbda, temperature, k))
 
     def word_perplexity(
         self,
@@ -125,21 +125,21 @@ class TokenScores:
         """
         if not self.words:
             return None
-        return _exp(self.nll(lmbda, temperature, k) * len(self) / self.words)
+        return exp(self.nll(lmbda, temperature, k) * len(self) / self.words)
 
     @property
     def base_perplexity(self) -> float:
         """Perplexity of the language model alone."""
-        return _exp(_mean_nll(self.lm_log_probs))
+        return exp(_mean_nll(self.lm_log_probs))
 
     def memory_perplexity(self, temperature: float | None = None, k: int | None = None) -> float:
         """Perplexity of the memory alone: ∞ as soon as one token has no neighbour carrying it."""
-        return _exp(_mean_nll(self.memory_log_probs(temperature, k)))
+        return exp(_mean_nll(self.memory_log_probs(temperature, k)))
 
     def oracle(self, temperature: float | None = None, k: int | None = None) -> float:
         """Perplexity if each token took the better of the two components (paper, section 3)."""
         memory = self.memory_log_probs(temperature, k)
-        return _exp(_mean_nll(torch.maximum(self.lm_log_probs, memory)))
+        return exp(_mean_nll(torch.maximum(self.lm_log_probs, memory)))
 
     @property
     def has_memory(self) -> bool:
@@ -186,6 +186,6 @@ def _mean_nll(log_probs_N: Tensor) -> float:
     return -log_probs_N.double().mean().item()
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
     """exp that overflows to ∞ instead of raising."""
     return math.exp(value) if value < 700 else math.inf

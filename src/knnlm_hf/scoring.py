@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from knnlm_hf import capture
-from knnlm_hf.corpus import Documents, documents
+from knnlm_hf.corpus import documents
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.memory import Evidence, Memory, evidence
 from knnlm_hf.modeling import KNNLMForCausalLM
 from knnlm_hf.progress import track
-from knnlm_hf.scores import TokenScores
+from knnlm_hf.scores import TokenScores, exp
+from knnlm_hf.types import check_count
 from knnlm_hf.windows import Batch, batches, check_window
 
 
@@ -56,13 +56,11 @@ def score(
     Raises:
         CorpusError: a missing, empty or unfit corpus. SettingError: window or stride out of range.
     """
-    parts = list(
-        _passes(
-            model, corpus, tokenizer=tokenizer, window=window, stride=stride,
-            batch_size=batch_size, bos=bos, exclude_self=exclude_self, progress=progress,
-        )
+    one_pass = _Pass(
+        model, corpus, tokenizer=tokenizer, window=window, stride=stride,
+        batch_size=batch_size, bos=bos, exclude_self=exclude_self, progress=progress,
     )  # fmt: skip
-    return TokenScores.concatenate(parts)
+    return replace(TokenScores.concatenate(list(one_pass)), words=one_pass.words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +111,14 @@ def perplexity(
     corpus. Sums are over all tokens, in float64: no mean of means, no dropped tail.
     """
     begun = time.perf_counter()
-    sums = _Sums()
-    for part in _passes(
+    one_pass = _Pass(
         model, corpus, tokenizer=tokenizer, window=window, stride=stride,
         batch_size=batch_size, bos=bos, exclude_self=exclude_self, progress=progress,
-    ):  # fmt: skip
+    )  # fmt: skip
+    sums = _Sums()
+    for part in one_pass:
         sums.add(part)
-    return sums.report(time.perf_counter() - begun)
+    return sums.report(one_pass.words, time.perf_counter() - begun)
 
 
 class _Sums:
@@ -127,14 +126,12 @@ class _Sums:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.words: int | None = None
         self.has_memory = False
         self.mixture = self.base = self.memory = self.oracle = 0.0
         self.model_seconds = self.memory_seconds = 0.0
 
     def add(self, part: TokenScores) -> None:
         self.tokens += len(part)
-        self.words = part.words  # the last part knows them all
         self.base += part.lm_log_probs.double().sum().item()
         self.mixture += part.log_probs().double().sum().item()
         self.model_seconds += part.model_seconds
@@ -145,55 +142,70 @@ class _Sums:
             self.memory += memory.sum().item()
             self.oracle += torch.maximum(part.lm_log_probs.double(), memory).sum().item()
 
-    def report(self, seconds: float) -> PerplexityReport:
-        def perplexity(total: float, count: int | None = self.tokens) -> float | None:
-            if not count:
-                return None
-            return math.exp(-total / count) if -total / count < 700 else math.inf
+    def report(self, words: int | None, seconds: float) -> PerplexityReport:
+        def perplexity(total: float) -> float:
+            return exp(-total / self.tokens)
+
+        def per_word(total: float) -> float | None:
+            return exp(-total / words) if words else None
 
         return PerplexityReport(
-            perplexity=perplexity(self.mixture) or math.nan,
+            perplexity=perplexity(self.mixture),
             nll=-self.mixture / self.tokens,
             tokens=self.tokens,
-            base_perplexity=perplexity(self.base) or math.nan,
+            base_perplexity=perplexity(self.base),
             memory_perplexity=perplexity(self.memory) if self.has_memory else None,
             oracle_perplexity=perplexity(self.oracle) if self.has_memory else None,
-            words=self.words,
-            word_perplexity=perplexity(self.mixture, self.words),
-            base_word_perplexity=perplexity(self.base, self.words),
+            words=words,
+            word_perplexity=per_word(self.mixture),
+            base_word_perplexity=per_word(self.base),
             tokens_per_second=self.tokens / seconds,
             model_seconds=self.model_seconds,
             memory_seconds=self.memory_seconds,
         )
 
 
-def _passes(
-    model: Any,
-    corpus: Any,
-    *,
-    tokenizer: Any,
-    window: int | None,
-    stride: int | None,
-    batch_size: int,
-    bos: bool | None,
-    exclude_self: bool,
-    progress: bool,
-) -> Iterator[TokenScores]:
-    """The scores of each batch of windows, in corpus order."""
-    config = model.config.get_text_config(decoder=True)
-    window, stride = check_window(window, stride, config)
-    items: Documents = documents(
-        corpus, tokenizer=tokenizer, vocab_size=config.vocab_size, bos=bos, config=config
-    )
-    scorer = _Scorer(model, exclude_self)
-    was_training = model.training
-    model.eval()
-    try:
-        windows = batches(items, window=window, stride=stride, batch_size=batch_size)
-        for batch in track(windows, "scoring", lambda b: int(b.is_new.sum()), show=progress):
-            yield scorer.score(batch, items)
-    finally:
-        model.train(was_training)
+class _Pass:
+    """One pass of a model over a corpus: iterate it for the scores of each batch of windows."""
+
+    def __init__(
+        self,
+        model: Any,
+        corpus: Any,
+        *,
+        tokenizer: Any,
+        window: int | None,
+        stride: int | None,
+        batch_size: int,
+        bos: bool | None,
+        exclude_self: bool,
+        progress: bool,
+    ) -> None:
+        config = model.config.get_text_config(decoder=True)
+        self.model, self.progress = model, progress
+        self.window, self.stride = check_window(window, stride, config)
+        self.batch_size = check_count("batch_size", batch_size)
+        self.documents = documents(
+            corpus, tokenizer, vocab_size=config.vocab_size, bos=bos, config=config
+        )
+        self.scorer = _Scorer(model, exclude_self)
+
+    @property
+    def words(self) -> int | None:
+        """Words of the corpus, where it was text; whole once the pass is over."""
+        return self.documents.words
+
+    def __iter__(self) -> Iterator[TokenScores]:
+        windows = batches(self.documents, self.window, self.stride, self.batch_size)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for batch in track(
+                windows, "scoring", lambda b: int(b.is_new.sum()), show=self.progress
+            ):
+                yield self.scorer.score(batch)
+        finally:
+            self.model.train(was_training)
 
 
 class _Scorer:
@@ -213,9 +225,10 @@ class _Scorer:
         self.can_slice = "logits_to_keep" in accepted
         self.has_cache = "use_cache" in accepted
 
-    def score(self, batch: Batch, items: Documents) -> TokenScores:
+    def score(self, batch: Batch) -> TokenScores:
         is_new_BT = batch.is_new
         targets_N = batch.targets[is_new_BT]
+        rows_N, columns_N = is_new_BT.nonzero(as_tuple=True)
         begun = time.perf_counter()
         lm_N, hidden_ND = self._forward(batch, targets_N)
         modelled = time.perf_counter()
@@ -226,15 +239,13 @@ class _Scorer:
         return TokenScores(
             lm_log_probs=lm_N.cpu(),
             tokens=targets_N.int(),
-            documents=batch.documents.int()[:, None].expand_as(is_new_BT)[is_new_BT],
-            context=torch.arange(1, is_new_BT.shape[1] + 1, dtype=torch.int32)
-            .expand_as(is_new_BT)[is_new_BT],
+            documents=batch.documents.int()[rows_N],
+            context=columns_N.int() + 1,
             similarity=_host(found.similarity),
             is_target=_host(found.is_target),
             memory_scores=_host(found.log_probs),
             lmbda=self.lmbda,
             temperature=getattr(self.memory, "temperature", 1.0),
-            words=items.words,
             model_seconds=modelled - begun,
             memory_seconds=done - modelled,
         )
@@ -243,18 +254,20 @@ class _Scorer:
     def _forward(self, batch: Batch, targets_N: Tensor) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and captured states of the batch's new predictions, row by row."""
         device = self.model.device
-        kwargs: dict[str, Any] = {"use_cache": False} if self.has_cache else {}
+        kwargs: dict[str, Any] = {"input_ids": batch.input_ids.to(device)}
         if batch.attention_mask is not None:
             kwargs["attention_mask"] = batch.attention_mask.to(device)
+        if self.has_cache:
+            kwargs["use_cache"] = False
         kept_T = torch.arange(batch.is_new.shape[1])
-        if self.can_slice:
+        if self.can_slice:  # no output layer where no prediction is new
             kept_T = batch.is_new.any(dim=0).nonzero()[:, 0]
             if len(kept_T) < batch.is_new.shape[1]:
                 kwargs["logits_to_keep"] = kept_T.to(device)
         base = getattr(self.model, "disable_retrieval", nullcontext)
         listening = nullcontext() if self.point is None else capture.capturing(self.point)
         with base(), listening as heard:
-            logits_BtV = self.model(input_ids=batch.input_ids.to(device), **kwargs).logits
+            logits_BtV = self.model(**kwargs).logits
         is_kept_Bt = batch.is_new[:, kept_T]
         lm_N = -functional.cross_entropy(
             logits_BtV[is_kept_Bt.to(logits_BtV.device)].float(),
@@ -265,7 +278,7 @@ class _Scorer:
             return lm_N, None
         hidden_BtD = heard.states(batch.input_ids.shape[0])
         if hidden_BtD is None:
-            raise KNNLMError(f"the forward never reached layer {self.point!r}")
+            raise KNNLMError(f"the model's forward never reached its memory's layer {self.point}")
         if hidden_BtD.shape[1] != is_kept_Bt.shape[1]:  # `final` comes sliced already
             hidden_BtD = hidden_BtD[:, kept_T.to(hidden_BtD.device)]
         return lm_N, hidden_BtD[is_kept_Bt.to(hidden_BtD.device)]

@@ -263,7 +263,7 @@ def _concave_optimum(excess_RN: Tensor) -> Tensor:
     for _ in range(16):
         middle_R = (low_R + high_R) / 2
         slope_R = (excess_RN / (1 + middle_R[:, None] * excess_RN)).mean(1, dtype=torch.float64)
-        rising_R = slope_R > 0
-        low_R, high_R = torch.where(rising_R, middle_R, low_R), torch.where(rising_R, high_R, middle_R)
+        low_R = torch.where(slope_R > 0, middle_R, low_R)
+        high_R = torch.where(slope_R > 0, high_R, middle_R)
     # The lower end: exactly 0 where the slope is never positive.
     return low_R

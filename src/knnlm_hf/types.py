@@ -59,14 +59,25 @@ def check_metric(metric: str) -> Metric:
 
 def check_k(k: Any) -> int:
     """Return `k` as an int if k ≥ 1; raise `SettingError` otherwise."""
-    if isinstance(k, bool) or int(k) != k or k < 1:
+    try:
+        is_whole = not isinstance(k, bool) and int(k) == k
+    except (TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole or k < 1:
         raise SettingError(f"k is {k!r}, expected a whole number of neighbours, 1 or more")
     return int(k)
 
 
+def check_count(name: str, value: Any) -> int:
+    """Return `value` as an int if it is 1 or more; raise `SettingError` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(f"{name} is {value!r}, expected a whole number, 1 or more")
+    return value
+
+
 def check_temperature(temperature: Any) -> float:
     """Return the temperature as a float if 0 < t < ∞; raise `SettingError` otherwise."""
-    value = float(temperature)
+    value = _number("temperature", temperature)
     if not 0 < value < math.inf:
         raise SettingError(f"temperature is {temperature!r}, expected a number above 0")
     return value
@@ -74,7 +85,14 @@ def check_temperature(temperature: Any) -> float:
 
 def check_lmbda(lmbda: Any) -> float:
     """Return λ as a float if 0 ≤ λ < 1; raise `SettingError` otherwise."""
-    value = float(lmbda)
+    value = _number("lmbda", lmbda)
     if not 0 <= value < 1:
         raise SettingError(f"lmbda is {lmbda!r}, expected 0 <= lmbda < 1")
     return value
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise SettingError(f"{name} is {value!r}, expected a number") from error

@@ -1,0 +1,34 @@
+# `make demo` and `make test` are all a fresh machine needs: each makes its own environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check wheel clean
+
+demo: $(VENV)/.ready
+	$(BIN)/knnlm demo $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n 2 -q
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.ready
+	rm -rf dist
+	$(BIN)/python -m build --wheel
+	$(BIN)/python tests/check_wheel.py dist/*.whl
+
+# torch first and by version: unpinned, it brings gigabytes of CUDA libraries to a machine without.
+$(VENV)/.ready: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints-dev.txt "$(TORCH)"
+	$(BIN)/pip install -q -c constraints-dev.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,121 @@
+"""The equation, against numbers worked by hand and a float64 loop that shares no code with it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from knnlm_hf import interpolation
+from knnlm_hf.errors import SettingError
+
+INF = math.inf
+
+
+def brute_force(similarity, tokens, temperature, vocab_size):
+    """p_kNN by its definition, entry by entry, in float64."""
+    result = np.zeros((len(similarity), vocab_size))
+    for q, (row, carried) in enumerate(zip(similarity, tokens, strict=True)):
+        hits = [(float(s) / temperature, int(w)) for s, w in zip(row, carried, strict=True) if s > -INF]
+        if not hits:
+            continue
+        peak = max(s for s, _ in hits)
+        total = sum(math.exp(s - peak) for s, _ in hits)
+        for s, w in hits:
+            result[q, w] += math.exp(s - peak) / total
+    return result
+
+
+def test_two_neighbours_of_one_token_are_summed():
+    # Squared distances 0 and ln 3 at t=1 weigh 1 and 1/3; tokens 2, 0, 0: weights 3/5, 1/5, 1/5.
+    similarity = torch.tensor([[0.0, -math.log(3), -math.log(3)]])
+    log_probs = interpolation.knn_log_probs(similarity, torch.tensor([[2, 0, 0]]), 1.0, 4)
+    assert torch.allclose(log_probs.exp(), torch.tensor([[0.4, 0.0, 0.6, 0.0]]))
+    assert log_probs[0, 1] == -INF
+    assert log_probs[0, 3] == -INF
+
+
+def test_the_mixture_by_hand():
+    lm = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    knn = torch.tensor([[1.0, 0.0, 0.0]]).log()
+    mixed = interpolation.mix_distributions(lm, knn, 0.2)
+    assert torch.allclose(mixed.exp(), torch.tensor([[0.6, 0.2, 0.2]]))
+    # A word that no neighbour carries has exactly log(1−λ) + log P_LM.
+    assert mixed[0, 1].item() == pytest.approx(math.log(0.8) + math.log(0.25), abs=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 13.0, 1e4])
+@pytest.mark.parametrize(("queries", "k", "vocab"), [(1, 1, 1), (3, 7, 5), (5, 64, 11), (2, 3, 997)])
+def test_against_float64(queries, k, vocab, temperature):
+    generator = torch.Generator().manual_seed(queries * 1000 + k)
+    similarity = -torch.rand(queries, k, generator=generator) * 100
+    similarity[torch.rand(queries, k, generator=generator) < 0.2] = -INF
+    similarity = similarity.sort(1, descending=True).values
+    tokens = torch.randint(vocab, (queries, k), generator=generator)
+    tokens[similarity == -INF] = -1
+    expected = brute_force(similarity.tolist(), tokens.tolist(), temperature, vocab)
+    got = interpolation.knn_log_probs(similarity, tokens, temperature, vocab)
+    assert not got.isnan().any()
+    np.testing.assert_allclose(got.double().exp().numpy(), expected, rtol=2e-4, atol=1e-30)
+    targets = torch.randint(vocab, (queries,), generator=generator)
+    one = interpolation.token_knn_log_probs(similarity, tokens == targets[:, None], temperature)
+    torch.testing.assert_close(one, got[torch.arange(queries), targets], rtol=1e-5, atol=1e-4)
+
+
+def test_a_tiny_weight_is_small_not_zero():
+    # e^-300 underflows float32: only log space keeps it.
+    got = interpolation.knn_log_probs(torch.tensor([[0.0, -300.0]]), torch.tensor([[0, 1]]), 1.0, 2)
+    assert got[0, 1].item() == pytest.approx(-300, abs=1e-3)
+
+
+def test_a_query_without_hits_is_the_model_alone():
+    similarity, tokens = torch.full((1, 4), -INF), torch.full((1, 4), -1)
+    knn = interpolation.knn_log_probs(similarity, tokens, 1.0, 3)
+    assert (knn == -INF).all()
+    lm = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    assert torch.equal(interpolation.mix_distributions(lm, knn, 0.9), lm)
+    assert (interpolation.knn_weights(similarity, 1.0) == -INF).all()
+
+
+def test_a_missing_hit_gives_nothing_to_any_token():
+    # id −1 has token −1: indexing with it would silently give the last token of the vocabulary.
+    similarity = torch.tensor([[0.0, -INF]])
+    got = interpolation.knn_log_probs(similarity, torch.tensor([[0, -1]]), 1.0, 3)
+    assert got.exp().tolist() == [[1.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_dtype_gives_float32(dtype):
+    lm = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1).to(dtype)
+    knn = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).log_softmax(-1).to(dtype)
+    mixed = interpolation.mix_distributions(lm, knn, 0.5)
+    assert mixed.dtype == torch.float32
+    expected = np.log(0.5 * np.exp(lm.double().numpy()) + 0.5 * np.exp(knn.double().numpy()))
+    np.testing.assert_allclose(mixed.numpy(), expected, atol=1e-5)
+
+
+def test_lambda_zero_is_exactly_the_model():
+    lm = torch.randn(3, 7).log_softmax(-1)
+    assert torch.equal(interpolation.mix(lm, torch.full((3, 7), -INF), 0.0), lm)
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, INF, math.nan])
+def test_a_temperature_out_of_range_is_refused(temperature):
+    with pytest.raises(SettingError, match="temperature"):
+        interpolation.knn_weights(torch.zeros(1, 2), temperature)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_the_default_temperature_scales_with_the_distances(scale):
+    generator = torch.Generator().manual_seed(0)
+    similarity = -torch.rand(32, 512, generator=generator) * scale
+    t = interpolation.default_temperature(similarity)
+    weights = interpolation.knn_weights(similarity, t).exp()
+    effective = torch.exp(-(weights * weights.log()).sum(1)).median().item()
+    assert effective == pytest.approx(64, rel=0.05)
+
+
+def test_the_default_temperature_where_there_is_nothing_to_go_by():
+    assert interpolation.default_temperature(torch.full((2, 3), -INF)) == 1.0
+    assert interpolation.default_temperature(torch.zeros(2, 3)) == 1.0
+    assert interpolation.default_temperature(torch.zeros(0, 3)) == 1.0
