@@ -72,6 +72,11 @@ class Batch:
     """(B,) int64, position in its document of each row's first input; 0 for a first window."""
 
     @property
+    def new(self) -> int:
+        """How many predictions of the batch are new."""
+        return int(self.is_new.sum())
+
+    @property
     def attention_mask(self) -> Tensor | None:
         """(B, T) int64, 1 where there is a token; None where no row is padded."""
         width = self.input_ids.shape[1]

@@ -65,10 +65,15 @@ def sync(descriptor: int) -> None:
 def clear(folder: Path) -> None:
     """Remove what a killed build left unfinished."""
     for leftover in folder.glob(f"*{TEMPORARY}"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -32,8 +32,7 @@ class DatastoreReader:
         """Map the shards of a complete store; use `open`."""
         self.path = path
         self.manifest = manifest
-        for shard in manifest.shards:
-            _check_file(path / shard.file, shard, manifest)
+        check_shards(path, manifest)
         self.keys = Rows([self._map_keys(shard) for shard in manifest.shards])
 
     @classmethod
@@ -117,6 +116,12 @@ class DatastoreReader:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @cached_property
+    def document_starts(self) -> Tensor:
+        """(documents,) int64, the first entry of each; for one without entries, the next there."""
+        parts = [self._map_starts(shard) for shard in self.manifest.shards]
+        return torch.from_numpy(np.concatenate(parts))
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer saved with the store, or None."""
         folder = self.path / "tokenizer"
@@ -137,9 +142,11 @@ class DatastoreReader:
     def document(self, i: int | Tensor) -> int | Tensor:
         """Which corpus item entry i came from; a tensor of entries gives a tensor (int64)."""
         if isinstance(i, Tensor):
-            found = torch.searchsorted(self._starts, i.to("cpu", torch.int64), right=True) - 1
+            found = (
+                torch.searchsorted(self.document_starts, i.to("cpu", torch.int64), right=True) - 1
+            )
             return found.to(i.device)
-        return int(torch.searchsorted(self._starts, self._entry(i), right=True)) - 1
+        return int(torch.searchsorted(self.document_starts, self._entry(i), right=True)) - 1
 
     def context(self, i: int, before: int = 16, after: int = 8) -> list[int]:
         """Token ids around entry i's token, from the values of its document alone.
@@ -158,9 +165,9 @@ class DatastoreReader:
             )
         i = self._entry(i)
         document = self.document(i)
-        start = int(self._starts[document])
+        start = int(self.document_starts[document])
         is_last = document + 1 == self.documents
-        end = len(self) if is_last else int(self._starts[document + 1])
+        end = len(self) if is_last else int(self.document_starts[document + 1])
         found: list[int] = self.values[max(start, i - before) : min(end, i + after + 1)].tolist()
         return found
 
@@ -221,12 +228,6 @@ class DatastoreReader:
         ignored = [".lock", "*.tmp", "*.tmp/**", *more]
         return push_folder(self.path, repo_id, "dataset", ignore_patterns=ignored, **options)
 
-    @cached_property
-    def _starts(self) -> Tensor:
-        """(documents,) int64, the first entry of each document."""
-        parts = [self._map_starts(shard) for shard in self.manifest.shards]
-        return torch.from_numpy(np.concatenate(parts))
-
     def _entry(self, i: int) -> int:
         if not 0 <= i < len(self):
             raise IndexError(f"entry {i} is out of range: there are {len(self)}")
@@ -254,8 +255,13 @@ class DatastoreReader:
         return self._map(shard, np.int64, at, self.manifest.document_count(shard))
 
 
+def check_shards(folder: Path, manifest: Manifest) -> None:
+    """Check that every shard is there, of the size and header that the manifest implies."""
+    for shard in manifest.shards:
+        _check_file(folder / shard.file, shard, manifest)
+
+
 def _check_file(path: Path, shard: Shard, manifest: Manifest) -> None:
-    """Check that a shard is there, with the size and header that its manifest entry implies."""
     if not path.is_file():
         raise DatastoreError(f"{path}: the shard is missing")
     size = path.stat().st_size

@@ -14,7 +14,6 @@ import struct
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -80,16 +79,9 @@ class StoreWriter:
         self._file: IO[bytes] | None = None
         self._rows = 0
 
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None:  # the shard was not finished
+    def close(self) -> None:
+        """Let go of the shard in progress, which is lost; nothing to do after `finish`."""
+        if self._file is not None:
             self._file.close()
             self._file = None
             atomic.temporary(self._path).unlink(missing_ok=True)
