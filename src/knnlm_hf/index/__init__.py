@@ -12,6 +12,7 @@ from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex, rescore
 from knnlm_hf.index.files import build_index, built_indexes, open_index
 from knnlm_hf.index.selfcheck import self_check
+from knnlm_hf.index.wrap import wrap_index
 
 if TYPE_CHECKING:
     from knnlm_hf.index.faiss import FaissIndex as FaissIndex
@@ -27,6 +28,7 @@ __all__ = [
     "open_index",
     "rescore",
     "self_check",
+    "wrap_index",
 ]
 
 

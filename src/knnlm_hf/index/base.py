@@ -64,6 +64,9 @@ class SearchIndex(ABC):
     info: IndexInfo | None = None
     """What is known of the index if it was built by `build_index`; None otherwise."""
 
+    scores_are_exact: bool = False
+    """Whether similarities are those of the stored keys, and need no rescoring."""
+
     def __init__(self, metric: str, dim: int) -> None:
         self.metric: Metric = check_metric(metric)
         self.dim = dim

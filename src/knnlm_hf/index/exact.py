@@ -30,6 +30,8 @@ class ExactIndex(SearchIndex):
     too, go to the lower id. The work is done on the queries' device.
     """
 
+    scores_are_exact = True
+
     def __init__(self, keys: KeyRows, metric: str = "l2") -> None:
         super().__init__(metric, keys.dim)
         self.keys = keys

@@ -77,6 +77,7 @@ class FaissIndex(SearchIndex):
             )
         self.index = index
         self.keys = keys
+        self.scores_are_exact = keys is not None
         self._ivf = faiss.try_extract_index_ivf(index)
         self._hnsw = _hnsw_of(index)
         self._set_threads = faiss.omp_set_num_threads
