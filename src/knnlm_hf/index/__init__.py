@@ -3,19 +3,12 @@
 Importing this package does not import faiss.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
 from knnlm_hf.index.auto import choose
 from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex, rescore
+from knnlm_hf.index.faiss import FaissIndex, wrap_index
 from knnlm_hf.index.files import build_index, built_indexes, open_index
 from knnlm_hf.index.selfcheck import self_check
-from knnlm_hf.index.wrap import wrap_index
-
-if TYPE_CHECKING:
-    from knnlm_hf.index.faiss import FaissIndex as FaissIndex
 
 __all__ = [
     "ExactIndex",
@@ -30,11 +23,3 @@ __all__ = [
     "self_check",
     "wrap_index",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "FaissIndex":
-        raise AttributeError(f"module 'knnlm_hf.index' has no attribute {name!r}")
-    from knnlm_hf.index.faiss import FaissIndex
-
-    return FaissIndex

@@ -21,6 +21,7 @@ from uuid import uuid4
 from torch import Tensor
 
 from knnlm_hf.errors import SearchIndexError
+from knnlm_hf.index import faiss
 from knnlm_hf.index.auto import choose
 from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex
@@ -84,8 +85,6 @@ def build_index(
     if factory == "exact":
         index = ExactIndex(keys, metric)
     else:
-        from knnlm_hf.index import faiss
-
         filled = faiss.empty_index(factory, keys.dim, metric)
         faiss.fill(filled, keys, factory, seed=seed, nprobe=nprobe, progress=progress)
         refines = faiss.split_spec(factory)[1]
@@ -177,8 +176,6 @@ def _open(keys: KeyRows, home: Path, info: IndexInfo) -> SearchIndex:
     if info.factory == "exact":
         index = ExactIndex(keys, info.metric)
     else:
-        from knnlm_hf.index import faiss
-
         path = home / _file_name(info.sha256)
         rebuild = f'rebuild it with store.build_index({info.spec!r}, metric="{info.metric}")'
         if not path.is_file():
@@ -210,8 +207,6 @@ def _write(home: Path, filled: Any, facts: dict[str, Any]) -> IndexInfo:
     temporary = home / f"building-{uuid4().hex}.tmp"
     try:
         if filled is not None:
-            from knnlm_hf.index import faiss
-
             faiss.write(filled, temporary)
             facts |= {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
             _settle(temporary, home / _file_name(facts["sha256"]))
