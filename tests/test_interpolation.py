@@ -16,7 +16,9 @@ def brute_force(similarity, tokens, temperature, vocab_size):
     """p_kNN by its definition, entry by entry, in float64."""
     result = np.zeros((len(similarity), vocab_size))
     for q, (row, carried) in enumerate(zip(similarity, tokens, strict=True)):
-        hits = [(float(s) / temperature, int(w)) for s, w in zip(row, carried, strict=True) if s > -INF]
+        hits = [
+            (float(s) / temperature, int(w)) for s, w in zip(row, carried, strict=True) if s > -INF
+        ]
         if not hits:
             continue
         peak = max(s for s, _ in hits)
@@ -45,7 +47,9 @@ def test_the_mixture_by_hand():
 
 
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 13.0, 1e4])
-@pytest.mark.parametrize(("queries", "k", "vocab"), [(1, 1, 1), (3, 7, 5), (5, 64, 11), (2, 3, 997)])
+@pytest.mark.parametrize(
+    ("queries", "k", "vocab"), [(1, 1, 1), (3, 7, 5), (5, 64, 11), (2, 3, 997)]
+)
 def test_against_float64(queries, k, vocab, temperature):
     generator = torch.Generator().manual_seed(queries * 1000 + k)
     similarity = -torch.rand(queries, k, generator=generator) * 100

@@ -62,7 +62,9 @@ def test_importing_the_package_is_cheap():
         "import sys, knnlm_hf; "
         "print([m for m in ('torch', 'faiss', 'transformers', 'datasets') if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knnlm_hf.errors import KNNLMError
+from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.scoring import score
 from knnlm_hf.types import check_k, check_lmbda, check_temperature
@@ -103,6 +103,9 @@ def fit(
 
     For fixed k and t the log-likelihood is concave in λ, so its optimum is found by bisection.
     """
+    for name, grid in (("ks", ks), ("temperatures", temperatures), ("lmbdas", lmbdas)):
+        if grid is not None and not len(grid):
+            raise SettingError(f"{name} is empty: give candidates, or None for the default ones")
     lmbdas = None if lmbdas is None else [check_lmbda(lmbda) for lmbda in lmbdas]
     if scores.similarity is None:
         ratio_1N = (scores.memory_log_probs() - scores.lm_log_probs).clamp(max=80).exp()[None]

@@ -16,6 +16,7 @@ from knnlm_hf.interpolation import default_temperature, knn_log_probs, token_knn
 from knnlm_hf.types import Metric, Neighbors, check_k, check_metric, check_temperature
 
 _log = logging.getLogger(__name__)
+_CUSTOM = "custom"
 _MANY_ENTRIES = 1_000_000  # above this, exact search without having been asked for is worth a word
 _MAX_DISTRIBUTION = 1 << 26  # (Q, V) elements made at a time
 
@@ -61,7 +62,7 @@ class KNNMemory:
             temperature = check_temperature(temperature)
         self.store = store if isinstance(store, DatastoreReader) else DatastoreReader.open(store)
         self.rescore = rescore
-        self.index_name = index if isinstance(index, str) else "auto"
+        self.index_name = index if isinstance(index, str) else _CUSTOM
         self.index = self._find_index(index)
         self._temperature = temperature
 
@@ -174,13 +175,17 @@ class KNNMemory:
         self.store.check_model(model)
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the store, as plain data: what `save_pretrained` keeps."""
+        """Everything but the store, as plain data: what `save_pretrained` keeps.
+
+        Raises:
+            KNNLMError: the index is an object that this memory was given, not one of the store's.
+        """
         return {
             "kind": "knn",
             "k": self.k,
             "temperature": self.temperature,
             "metric": self.metric,
-            "index": self.index_name,
+            "index": self._named_index(),
             "rescore": self.rescore,
         }
 
@@ -193,8 +198,16 @@ class KNNMemory:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its store's path and settings; the other process opens the files itself."""
         path = str(self.store.path.resolve())
-        name = self.index_name
+        name = self._named_index()
         return KNNMemory, (path, self.k, self._temperature, self.metric, name, self.rescore)
+
+    def _named_index(self) -> str:
+        if self.index_name == _CUSTOM:
+            raise KNNLMError(
+                "this memory was given an index object, which cannot be saved or pickled with it: "
+                "build one in the store with store.build_index(...) and name it"
+            )
+        return self.index_name
 
     def _find_index(self, index: Any) -> SearchIndex:
         if not isinstance(index, str):

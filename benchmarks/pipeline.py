@@ -1,0 +1,248 @@
+"""The whole pipeline against the model alone: build, evaluate, tune, generate, quality.
+
+    python benchmarks/pipeline.py MODEL --train TEXT --valid TEXT --test TEXT --store FOLDER
+
+Every figure is a rate, and a ratio to its reference taken in turn with it in the same run. The
+store is built where it does not exist yet, and used where it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from timing import machine, paired, quantiles, ratios
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, score, tune
+from knnlm_hf.corpus import documents
+from knnlm_hf.tuning import fit
+from knnlm_hf.windows import batches
+
+SECTIONS = ("build", "memory", "evaluate", "tune", "generate", "quality")
+
+
+def bench_build(args: argparse.Namespace, model: Any, ids: list[int]) -> dict[str, Any]:
+    """Build against the same windows through the whole model with loss, in float32."""
+    ids = ids[: args.build_tokens]
+    window = model.config.max_position_embeddings
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    scratch = Path(tempfile.mkdtemp(dir=args.scratch))
+
+    def forward() -> int:
+        stream = batches(documents([ids]), window, window, 8)
+        with torch.no_grad():
+            for batch in stream:
+                model(input_ids=batch.input_ids, labels=batch.input_ids)
+        return len(ids)
+
+    def build(of: Any) -> int:
+        shutil.rmtree(scratch / "store", ignore_errors=True)
+        Datastore.build(of, [ids], scratch / "store", window=window, stride=window, progress=False)
+        return len(ids)
+
+    rates = paired(
+        {
+            "forward with loss, float32": forward,
+            "build, float32": lambda: build(model),
+            "build, bfloat16": lambda: build(half),
+        },
+        args.runs,
+    )
+    shutil.rmtree(scratch)
+    return _section(rates, "forward with loss, float32", tokens=len(ids))
+
+
+def bench_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak resident memory of a build, for one, two and eight times the corpus."""
+    peaks = {}
+    for times in (1, 2, 8):
+        with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
+            command = [sys.executable, __file__, args.model, "--train", args.train]
+            command += ["--store", f"{folder}/store", "--peak-of", str(times * 50_000)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            peaks[f"{times * 50_000} tokens"] = int(done.stdout)
+    return {"peak_mb": peaks}
+
+
+def peak_of(args: argparse.Namespace, model: Any, ids: list[int]) -> int:
+    """Build a store of `args.peak_of` tokens and return this process's peak memory in MB."""
+    Datastore.build(model, [ids[: args.peak_of]], args.store, progress=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def bench_evaluate(args: argparse.Namespace, model: Any, store: Any, ids: list[int]) -> Any:
+    """Scoring with k neighbours against scoring with the model alone, and against exact search."""
+    ids = ids[: args.eval_tokens]
+    knn = KNNLMForCausalLM(model, KNNMemory(store, k=args.k))
+    best = tune(knn, [ids], progress=False)
+    options: dict[str, Any] = {"progress": False}
+    rates = paired(
+        {
+            "model alone": lambda: perplexity(model, [ids], **options).tokens,
+            "mixture": lambda: perplexity(knn, [ids], **options).tokens,
+        },
+        args.runs,
+    )
+    found = perplexity(knn, [ids], **options)
+    exact_ids = ids[: args.exact_tokens]
+    exact = KNNLMForCausalLM(model, KNNMemory(store, args.k, best.temperature, index="exact"))
+    here, there = (fit(score(m, [exact_ids], **options)).perplexity for m in (knn, exact))
+    return {
+        **_section(rates, "model alone", tokens=found.tokens),
+        "perplexity": found.perplexity,
+        "base_perplexity": found.base_perplexity,
+        "sample_of_exact": len(exact_ids),
+        "perplexity_over_exact": here / there,
+        "model_seconds": found.model_seconds,
+        "memory_seconds": found.memory_seconds,
+    }
+
+
+def bench_tune(args: argparse.Namespace, model: Any, store: Any, ids: list[int]) -> dict[str, Any]:
+    """A grid of 30 temperatures × 20 λ × 5 k on kept scores, against the pass that made them."""
+    knn = KNNLMForCausalLM(model, KNNMemory(store, k=args.k))
+    begun = time.perf_counter()
+    scores = score(knn, [ids[:20_000]], progress=False)
+    retrieval = time.perf_counter() - begun
+    grid = {
+        "temperatures": [scores.temperature * 2 ** (i / 3) for i in range(-15, 15)],
+        "lmbdas": [i / 20 for i in range(20)],
+        "ks": [max(1, args.k >> shift) for shift in (0, 1, 2, 4, 6)],
+    }
+    seconds = []
+    for _ in range(args.runs + 1):
+        begun = time.perf_counter()
+        fit(scores, **grid)
+        seconds.append(time.perf_counter() - begun)
+    return {
+        "tokens": len(scores),
+        "retrieval_seconds": retrieval,
+        "search_seconds": scores.memory_seconds,
+        "grid_seconds": quantiles(seconds[1:]),
+        "share_of_retrieval": quantiles([s / retrieval for s in seconds[1:]]),
+    }
+
+
+def bench_generate(args: argparse.Namespace, model: Any, store: Any, ids: list[int]) -> Any:
+    """Greedy generation at batch 1, 128 new tokens."""
+    knn = KNNLMForCausalLM(model, KNNMemory(store, k=args.k))
+    prompt = torch.tensor([ids[:64]], device=model.device)
+    options = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
+
+    def run(of: Any) -> int:
+        return int(of.generate(prompt, **options).shape[1] - prompt.shape[1])
+
+    rates = paired({"model alone": lambda: run(model), "mixture": lambda: run(knn)}, args.runs * 3)
+    return _section(rates, "model alone")
+
+
+def bench_quality(args: argparse.Namespace, model: Any, store: Any, tokenizer: Any) -> Any:
+    """Tuned on valid, reported on test."""
+    knn = KNNLMForCausalLM(model, KNNMemory(store, k=args.k))
+    best = tune(knn, args.valid, tokenizer=tokenizer, progress=False)
+    report = perplexity(knn, args.test, tokenizer=tokenizer, progress=False)
+    return {
+        "lmbda": best.lmbda, "temperature": best.temperature, "k": best.k,
+        "tokens": report.tokens, "base_perplexity": report.base_perplexity,
+        "perplexity": report.perplexity, "ratio": report.perplexity / report.base_perplexity,
+        "oracle_perplexity": report.oracle_perplexity,
+        "word_perplexity": report.word_perplexity,
+        "base_word_perplexity": report.base_word_perplexity,
+    }  # fmt: skip
+
+
+def _section(rates: dict[str, list[float]], reference: str, **facts: Any) -> dict[str, Any]:
+    per_second = {name: quantiles(values) for name, values in rates.items()}
+    return {**facts, "tokens_per_second": per_second, "ratio": ratios(rates, reference)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--valid")
+    parser.add_argument("--test")
+    parser.add_argument("--store", required=True)
+    parser.add_argument(
+        "--only", nargs="*", default=["build", "memory", "evaluate", "tune", "generate", "quality"]
+    )
+    parser.add_argument("--k", type=int, default=1024)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--build-tokens", type=int, default=50_000)
+    parser.add_argument("--eval-tokens", type=int, default=10_000)
+    parser.add_argument("--exact-tokens", type=int, default=2_000)
+    parser.add_argument("--scratch", default=tempfile.gettempdir())
+    parser.add_argument("--json", type=Path, help="add the figures to this file")
+    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(args.model).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    def tokens(path: str, limit: int) -> list[int]:
+        text = Path(path).read_text(encoding="utf-8")[: limit * 8]
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids[:limit]
+
+    if args.peak_of:
+        print(peak_of(args, model, tokens(args.train, args.peak_of)))
+        return
+    results: dict[str, Any] = {"machine": machine(), "model": Path(args.model).name, "k": args.k}
+    if "build" in args.only:
+        results["build"] = bench_build(args, model, tokens(args.train, args.build_tokens))
+    if "memory" in args.only:
+        results["memory"] = bench_memory(args)
+    if {"evaluate", "tune", "generate", "quality"} & set(args.only):
+        begun = time.perf_counter()
+        store = Datastore.build(model, args.train, args.store, tokenizer=tokenizer)
+        if not (store.path / "indexes").exists():
+            store.build_index("auto")
+        results["store"] = {"entries": len(store), "seconds": time.perf_counter() - begun}
+        held_out = tokens(args.valid, max(20_001, args.eval_tokens))
+        for name, bench in (
+            ("evaluate", bench_evaluate),
+            ("tune", bench_tune),
+            ("generate", bench_generate),
+        ):
+            if name in args.only:
+                results[name] = bench(args, model, store, held_out)
+        if "quality" in args.only:
+            results["quality"] = bench_quality(args, model, store, tokenizer)
+    show(results)
+    if args.json:
+        kept = json.loads(args.json.read_text()) if args.json.exists() else {}
+        args.json.write_text(json.dumps({**kept, **results}, indent=2) + "\n")
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print every figure, a row each."""
+    table = Table("", "figure")
+
+    def rows(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and set(value) == {"p20", "p50", "p80"}:
+            table.add_row(prefix, " / ".join(f"{value[q]:,.4g}" for q in ("p20", "p50", "p80")))
+        elif isinstance(value, dict):
+            for name, inner in value.items():
+                rows(f"{prefix} · {name}" if prefix else name, inner)
+        else:
+            table.add_row(prefix, f"{value:,.5g}" if isinstance(value, float) else str(value))
+
+    rows("", results)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

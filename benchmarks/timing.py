@@ -1,0 +1,63 @@
+"""Paired timings: two or more things in turn, so that a noisy machine treats them alike."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import torch
+import transformers
+
+
+def paired(work: dict[str, Callable[[], int]], runs: int) -> dict[str, list[float]]:
+    """Units per second of each callable (it returns its units), run in turn, one warm-up each."""
+    rates: dict[str, list[float]] = {name: [] for name in work}
+    for run in range(runs + 1):
+        for name, function in work.items():
+            begun = time.perf_counter()
+            units = function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if run:
+                rates[name].append(units / (time.perf_counter() - begun))
+    return rates
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    ordered = torch.tensor(values, dtype=torch.float64)
+    return {f"p{q}": float(ordered.quantile(q / 100)) for q in (20, 50, 80)}
+
+
+def ratios(rates: dict[str, list[float]], reference: str) -> dict[str, dict[str, float]]:
+    """Quantiles of each rate over the reference's of the same turn."""
+    base = rates[reference]
+    return {
+        name: quantiles([a / b for a, b in zip(values, base, strict=True)])
+        for name, values in rates.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What was measured on."""
+    has_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if has_gpu else _cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "faiss": faiss.__version__,
+    }
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
+        return ", ".join(names)
+    except OSError:
+        return platform.processor()
