@@ -135,7 +135,7 @@ def test_the_memory_alone_is_infinite_when_one_token_has_no_neighbour(knn):
 
 def test_own_text_does_not_find_itself(knn, model, store):
     items = tiny.corpus()
-    lm, p_knn = reference(model, store, items, 16, 8, own=True)
+    _, p_knn = reference(model, store, items, 16, 8, own=True)
     scores = score(knn, items, window=16, stride=8, exclude_self=True, progress=False)
     np.testing.assert_allclose(scores.memory_log_probs().exp().numpy(), p_knn, atol=2e-4)
     found = score(knn, items, window=16, stride=8, progress=False)
@@ -212,7 +212,8 @@ def test_other_layers(model, layer, tmp_path):
 def test_queries_without_any_hit_leave_the_model_alone():
     lm = torch.tensor([-1.0, -2.0])
     scores = TokenScores(
-        lm_log_probs=lm, tokens=torch.tensor([0, 1]), documents=torch.zeros(2), context=torch.ones(2),
+        lm_log_probs=lm, tokens=torch.tensor([0, 1]),
+        documents=torch.zeros(2), context=torch.ones(2),
         similarity=torch.tensor([[-math.inf, -math.inf], [0.0, -math.inf]]),
         is_target=torch.tensor([[False, False], [False, False]]), lmbda=0.5,
     )  # fmt: skip

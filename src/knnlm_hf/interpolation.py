@@ -65,9 +65,7 @@ def knn_log_probs(
     return torch.where(total_QV > 0, peak_QV + total_QV.log(), -_INF)
 
 
-def token_knn_log_probs(
-    similarity_QK: Tensor, is_target_QK: Tensor, temperature: float
-) -> Tensor:
+def token_knn_log_probs(similarity_QK: Tensor, is_target_QK: Tensor, temperature: float) -> Tensor:
     """log p_kNN of one token per query, without a (Q, V) tensor.
 
     logsumexp over the neighbours that carry the target − logsumexp over all neighbours.

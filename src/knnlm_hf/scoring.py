@@ -208,6 +208,10 @@ class _Pass:
             self.model.train(was_training)
 
 
+def _new_tokens(batch: Batch) -> int:
+    return int(batch.is_new.sum())
+
+
 class _Scorer:
     """One model with its memory, scoring one batch at a time."""
 
