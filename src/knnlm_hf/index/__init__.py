@@ -6,9 +6,10 @@ Importing this package does not import faiss.
 from knnlm_hf.index.auto import choose
 from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex, rescore
-from knnlm_hf.index.faiss import FaissIndex, wrap_index
+from knnlm_hf.index.faiss import FaissIndex
 from knnlm_hf.index.files import build_index, built_indexes, open_index
 from knnlm_hf.index.selfcheck import self_check
+from knnlm_hf.index.wrap import wrap_index
 
 __all__ = [
     "ExactIndex",

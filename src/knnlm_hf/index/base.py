@@ -67,9 +67,6 @@ class SearchIndex(ABC):
     scores_are_exact: bool = False
     """Whether similarities are those of the stored keys, and need no rescoring."""
 
-    scores_are_exact = False
-    """Whether the similarities are the true ones of the stored keys, whatever was found."""
-
     def __init__(self, metric: str, dim: int) -> None:
         self.metric: Metric = check_metric(metric)
         self.dim = dim

@@ -32,8 +32,6 @@ class ExactIndex(SearchIndex):
 
     scores_are_exact = True
 
-    scores_are_exact = True
-
     def __init__(self, keys: KeyRows, metric: str = "l2") -> None:
         super().__init__(metric, keys.dim)
         self.keys = keys

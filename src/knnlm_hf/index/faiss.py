@@ -21,7 +21,7 @@ from torch import Tensor
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
-from knnlm_hf.types import KeyRows, Metric, check_metric
+from knnlm_hf.types import KeyRows, Metric
 
 REFINE_KEYS = "Refine(keys)"
 _ADD_BLOCK = 1 << 16
@@ -122,28 +122,6 @@ class FaissIndex(SearchIndex):
         similarity_Qk[:, :found] = similarity_QK
         ids_Qk[:, :found] = ids_QK
         return similarity_Qk, ids_Qk
-
-
-def wrap_index(index: Any, metric: str, *, entries: int, dim: int) -> SearchIndex:
-    """A caller's own index over a store: a `SearchIndex` as it is, a `faiss.Index` wrapped.
-
-    Raises:
-        SearchIndexError: neither of them, or one of another metric, size or dimension.
-    """
-    if not isinstance(index, SearchIndex):
-        if not hasattr(index, "metric_type"):
-            raise SearchIndexError(
-                f"index is {type(index).__name__}, expected 'auto', 'exact', a factory string, a "
-                "SearchIndex or a faiss.Index of float vectors"
-            )
-        index = FaissIndex(index, check_metric(metric))
-    found, expected = (index.metric, len(index), index.dim), (metric, entries, dim)
-    if found != expected:
-        raise SearchIndexError(
-            "the index given has metric {}, {} entries of {} dimensions; ".format(*found)
-            + "expected {}, {} of {}: build it over this store's keys".format(*expected)
-        )
-    return index
 
 
 def _hnsw_of(index: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex
+from knnlm_hf.index.faiss import FaissIndex
 from knnlm_hf.types import Metric
 
 
@@ -21,13 +22,12 @@ def wrap_index(index: Any, metric: Metric, *, entries: int, dim: int) -> SearchI
                 f"index is {type(index).__name__}, expected 'auto', 'exact', a factory string, "
                 "a SearchIndex or a faiss.Index"
             )
-        from knnlm_hf.index.faiss import FaissIndex
-
         index = FaissIndex(index, metric)
+    fitting: SearchIndex = index
     found, expected = (index.metric, index.dim, len(index)), (metric, dim, entries)
     if found != expected:
         raise SearchIndexError(
             "the index has metric {!r}, {} dimensions and {} entries, ".format(*found)
             + "the store needs {!r}, {} and {}: build it from this store's keys".format(*expected)
         )
-    return index
+    return fitting
