@@ -348,7 +348,7 @@ def _wrap(
 
     model, tokenizer = _load(name, dtype, device)
     if store is not None:
-        memory = KNNMemory(store, k or 1024, temperature, metric, index, rescore)
+        memory = KNNMemory(store, 1024 if k is None else k, temperature, metric, index, rescore)
         model = KNNLMForCausalLM(model, memory, lmbda=0.25 if lmbda is None else lmbda)
     elif not isinstance(model, KNNLMForCausalLM):
         raise KNNLMError(f"{name} is a plain model: name a datastore too, last")
@@ -387,6 +387,7 @@ def _corpus(name: str, split: str, lines: bool) -> Any:
 
 
 def _store_facts(store: Any) -> dict[str, Any]:
+    from knnlm_hf import identity
     from knnlm_hf.index import built_indexes
 
     size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
@@ -398,7 +399,7 @@ def _store_facts(store: Any) -> dict[str, Any]:
         "layer": store.layer,
         "dim": store.dim,
         "dtype": str(store.dtype).removeprefix("torch."),
-        "model": store.model_id or store.model_type,
+        "model": identity.name(store.manifest.model),
         "bytes": size,
         "indexes": [f"{found.factory} ({found.metric})" for _, found in indexes],
     }

@@ -267,7 +267,7 @@ def _sha256(path: Path) -> str:
 
 def _print(info: IndexInfo) -> None:
     """One line: what was built, and how it compares with exact search."""
-    from rich import print as rich_print
+    from rich.console import Console
 
     check = info.self_check
     line = f"[bold]{info.factory}[/bold] ({info.metric}): {info.bytes_per_entry:.0f} bytes/entry"
@@ -277,4 +277,4 @@ def _print(info: IndexInfo) -> None:
             f"{check['distance_error']:.1%}, entropy {check['entropy']:.2f} (exact "
             f"{check['exact_entropy']:.2f}), suggested t {check['temperature']:.3g}"
         )
-    rich_print(line)
+    Console(stderr=True).print(line)
