@@ -50,6 +50,11 @@ def knn_log_probs(
 
     Returns:
         (Q, V) float32; −inf for a word that no neighbour carries, and everywhere without a hit.
+
+    Example: of three equally near neighbours, two carry token 2.
+
+        >>> knn_log_probs(torch.zeros(1, 3), torch.tensor([[2, 0, 2]]), 1.0, 4).exp()
+        tensor([[0.3333, 0.0000, 0.6667, 0.0000]])
     """
     log_weights_QK = knn_weights(similarity_QK, temperature)
     # A missing hit is given token 0 with weight exp(−inf) = 0, so that it can be scattered.
@@ -94,6 +99,11 @@ def mix(lm: Tensor, memory: Tensor, lmbda: float, has_memory: Tensor | None = No
 
     Returns:
         (...) float32. Where `memory` is −inf: log(1−λ) + lm.
+
+    Example:
+
+        >>> mix(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log(), 0.2).exp()
+        tensor([0.6000, 0.4000])
     """
     lm = lm.float()
     if lmbda == 0:
