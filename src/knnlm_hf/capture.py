@@ -38,6 +38,15 @@ _FEED_FORWARD = (
 )
 """Names of the feed-forward sublayer, or of its first module, inside a decoder layer."""
 
+_DEPTHS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+_NO_PLAIN_LAYERS = {
+    "cpmant": "puts a prompt before the text",
+    "prophetnet": "predicts several tokens at each position",
+    "xlm": "keeps attention and feed-forward in separate lists",
+    "xlnet": "lays its states out as (position, batch, dimension)",
+}
+"""Model types whose last layer does not give one state per token, and why."""
+
 
 @dataclass(frozen=True)
 class CapturePoint:
@@ -150,6 +159,8 @@ def arm(model: nn.Module, point: CapturePoint) -> None:
 
 
 def _locate(model: nn.Module, layer: str) -> tuple[str, Literal["input", "output"]]:
+    if not isinstance(layer, str):
+        raise CaptureError(f"layer is {layer!r}, expected one of {', '.join(LAYERS)}, or a path")
     if layer == "final":
         return _final(model), "input"
     if layer == "ffn":
@@ -197,7 +208,13 @@ def _last_layer(model: nn.Module) -> str:
     if config is None:
         raise CaptureError(f"{_name(model)} has no config: expected a model of transformers")
     config = config.get_text_config(decoder=True)
-    depth: int = getattr(config, "num_hidden_layers", 0)
+    if config.model_type in _NO_PLAIN_LAYERS:
+        raise CaptureError(
+            f"{_name(model)} {_NO_PLAIN_LAYERS[config.model_type]}, so it has no layers 'att' and "
+            "'ffn': choose 'final' or a module path"
+        )
+    # The decoder half of an encoder-decoder has a depth of its own.
+    depth: int = next((getattr(config, n) for n in _DEPTHS if hasattr(config, n)), 0)
     lists = {
         path: sum(p.numel() for p in module.parameters())
         for path, module in model.named_modules()
