@@ -19,7 +19,8 @@ _SCORES = 1 << 24
 _SPARE = 32
 """Candidates kept beyond k, so that rounding in the matrix product cannot lose a neighbour."""
 _CENTRE_SAMPLE = 4096
-_GATHER_BYTES = 1 << 21
+_NO_ID = torch.iinfo(torch.int64).max
+_GATHER_BYTES = 1 << 22
 """Float32 rows gathered at a time when rescoring: they should stay in the cache."""
 
 
@@ -62,7 +63,7 @@ class ExactIndex(SearchIndex):
         """
         rows, device = queries_QD.shape[0], queries_QD.device
         scores_QK, ids_QK = missing(rows, k, device)
-        ids_QK.fill_(torch.iinfo(torch.int64).max)
+        ids_QK.fill_(_NO_ID)
         centre_D = self._centre().to(device)
         queries_QD = queries_QD - centre_D if self.metric == "l2" else queries_QD
         chunk = max(1, _SCORES // _BLOCK)
@@ -71,18 +72,17 @@ class ExactIndex(SearchIndex):
             if self.metric == "l2":
                 keys_ND = keys_ND - centre_D
                 bias_N = -keys_ND.square().sum(dim=1)
-            block_ids_N = torch.arange(first, first + len(keys_ND), device=device)
             for start in range(0, rows, chunk):
                 part = slice(start, start + chunk)
                 if self.metric == "l2":
                     scores_QN = torch.addmm(bias_N, queries_QD[part], keys_ND.T, alpha=2)
                 else:
                     scores_QN = queries_QD[part] @ keys_ND.T
-                best_QK, where_QK = best(scores_QN, min(k, scores_QN.shape[1]))
-                merged = torch.cat([scores_QK[part], best_QK], dim=1)
-                merged_ids = torch.cat([ids_QK[part], block_ids_N[where_QK]], dim=1)
-                scores_QK[part], where = best(merged, k, merged_ids)
-                ids_QK[part] = merged_ids.gather(1, where)
+                new_QM, new_ids_QM = above(scores_QN, scores_QK[part].amin(dim=1), first)
+                merged_QM = torch.cat([scores_QK[part], new_QM], dim=1)
+                merged_ids_QM = torch.cat([ids_QK[part], new_ids_QM], dim=1)
+                scores_QK[part], where_QK = best(merged_QM, merged_ids_QM, k)
+                ids_QK[part] = merged_ids_QM.gather(1, where_QK)
         return ids_QK
 
     def _centre(self) -> Tensor:
@@ -97,29 +97,41 @@ class ExactIndex(SearchIndex):
         return self._centre_D
 
 
-def best(scores_QN: Tensor, k: int, ids_QN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def above(scores_QN: Tensor, floor_Q: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The scores above each row's floor and their ids, (Q, M), padded with −inf.
+
+    Most blocks hold few candidates, and finding those is much cheaper than a top-k of the block.
+    An equal score stays out: the floor's own entry has the lower id.
+
+    Args:
+        scores_QN: (Q, N) scores of a block.
+        floor_Q: (Q,) the worst candidate so far.
+        first: id of the block's first entry.
+    """
+    row_S, column_S = (scores_QN > floor_Q[:, None]).nonzero(as_tuple=True)
+    count_Q = row_S.bincount(minlength=len(scores_QN))
+    place_S = torch.arange(len(row_S), device=row_S.device)
+    place_S -= (count_Q.cumsum(dim=0) - count_Q)[row_S]
+    new_QM, ids_QM = missing(len(scores_QN), int(count_Q.max()), scores_QN.device)
+    new_QM[row_S, place_S] = scores_QN[row_S, column_S]
+    ids_QM.fill_(_NO_ID)[row_S, place_S] = column_S + first
+    return new_QM, ids_QM
+
+
+def best(scores_QN: Tensor, ids_QN: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores of each row and their columns, unordered; ties go to the lower id.
 
     `torch.topk` breaks ties at rank k arbitrarily, so rows where it had to are taken again.
-
-    Args:
-        scores_QN: (Q, N), N ≥ k.
-        k: how many.
-        ids_QN: the id of each score; default: the column.
     """
     values_QK, where_QK = torch.topk(scores_QN, k, dim=1, sorted=False)
     last_Q1 = values_QK.amin(dim=1, keepdim=True)
     tied_QN = scores_QN == last_Q1
     cut_Q = tied_QN.sum(dim=1) > (values_QK == last_Q1).sum(dim=1)
     if cut_Q.any():
-        above_RN = scores_QN[cut_Q] > last_Q1[cut_Q]
-        tied_RN = tied_QN[cut_Q]
-        if ids_QN is None:
-            rank_RN = tied_RN.cumsum(dim=1)
-        else:
-            by_id_RN = ids_QN[cut_Q].argsort(dim=1)
-            rank_RN = torch.empty_like(by_id_RN)
-            rank_RN.scatter_(1, by_id_RN, tied_RN.gather(1, by_id_RN).cumsum(dim=1))
+        above_RN, tied_RN = scores_QN[cut_Q] > last_Q1[cut_Q], tied_QN[cut_Q]
+        by_id_RN = ids_QN[cut_Q].argsort(dim=1)
+        rank_RN = torch.empty_like(by_id_RN)
+        rank_RN.scatter_(1, by_id_RN, tied_RN.gather(1, by_id_RN).cumsum(dim=1))
         keep_RN = above_RN | (tied_RN & (rank_RN <= k - above_RN.sum(dim=1, keepdim=True)))
         where_QK[cut_Q] = keep_RN.nonzero()[:, 1].view(-1, k)
         values_QK = scores_QN.gather(1, where_QK)
@@ -160,10 +172,10 @@ def rescore(queries_QD: Tensor, ids_QK: Tensor, keys: KeyRows, metric: Metric) -
     chunk = max(1, _GATHER_BYTES // (4 * hits * keys.dim))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
+        # An indexed copy, so it is ours to work in, without further (Q, K, D) temporaries.
         keys_QKD = keys[known_QK[part]].to(device, torch.float32)
         if metric == "l2":
-            difference_QKD = keys_QKD - queries_Q1D[part]
-            similarity_QK[part] = difference_QKD.square_().sum(dim=2).neg_()
+            similarity_QK[part] = keys_QKD.sub_(queries_Q1D[part]).square_().sum(dim=2).neg_()
         else:
-            similarity_QK[part] = (keys_QKD @ queries_Q1D[part].mT)[..., 0]
+            similarity_QK[part] = keys_QKD.mul_(queries_Q1D[part]).sum(dim=2)
     return similarity_QK.masked_fill_(ids_QK < 0, -torch.inf)
