@@ -19,7 +19,7 @@ _HOMES = {
     "KNNMemory": "memory",
     "Memory": "memory",
     "Neighbors": "types",
-    "TokenScores": "scoring",
+    "TokenScores": "scores",
     "score": "scoring",
     "perplexity": "scoring",
     "tune": "tuning",
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from knnlm_hf.memory import Memory as Memory
     from knnlm_hf.modeling import KNNLMConfig as KNNLMConfig
     from knnlm_hf.modeling import KNNLMForCausalLM as KNNLMForCausalLM
-    from knnlm_hf.scoring import TokenScores as TokenScores
+    from knnlm_hf.scores import TokenScores as TokenScores
     from knnlm_hf.scoring import perplexity as perplexity
     from knnlm_hf.scoring import score as score
     from knnlm_hf.tuning import tune as tune

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -316,12 +315,12 @@ def _load(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
 
     from knnlm_hf import modeling  # noqa: F401 - registers the kNN model type
 
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise KNNLMError(f"unknown dtype {dtype!r}: choose float32, bfloat16 or float16")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
         loaded = loaded.to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise KNNLMError(f"model {name}: {_first_line(error)}") from error
@@ -432,4 +431,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

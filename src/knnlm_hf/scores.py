@@ -69,7 +69,7 @@ class TokenScores:
         parts = [
             token_knn_log_probs(similarity, is_target, t)
             for similarity, is_target in zip(
-                similarity_NK.split(rows), is_target_NK.split(rows), strict=True
+                torch.split(similarity_NK, rows), torch.split(is_target_NK, rows), strict=True
             )
         ]
         return torch.cat(parts) if parts else torch.empty(0)

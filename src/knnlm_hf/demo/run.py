@@ -57,7 +57,7 @@ def run(
     store.build_index("auto", progress=not quiet)
     console.print(f"   {len(store):,} entries of {store.dim} dimensions in {folder}")
 
-    knn = KNNLMForCausalLM(lm, KNNMemory(store))
+    knn: Any = KNNLMForCausalLM(lm, KNNMemory(store))
     best = tune(knn, valid, tokenizer=tokenizer, progress=not quiet)
     console.print(f"[bold]3. Tuned[/] on {len(valid)} held-out texts: {best.message}")
 
@@ -96,8 +96,8 @@ def _model(name: str | None, steps: int, console: Console) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     console.print(f"[bold]1. Loading {name}[/]")
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
-    return model, AutoTokenizer.from_pretrained(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(name)
+    return model.eval(), AutoTokenizer.from_pretrained(name)
 
 
 def _blocks(path: str, blocks: int = 100) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
@@ -21,9 +23,10 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer: it can spell any text."""
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts, _VOCABULARY, show_progress=False, special_tokens=[_END])
-    return PreTrainedTokenizerFast(
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend._tokenizer, bos_token=_END, eos_token=_END, pad_token=_END
     )
+    return tokenizer
 
 
 def train_model(
@@ -31,7 +34,7 @@ def train_model(
 ) -> GPT2LMHeadModel:
     """Next-token training on random windows of `texts`: AdamW, cosine schedule, seeded."""
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(
+    model: Any = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer), n_positions=_WINDOW, n_embd=192, n_layer=4, n_head=6,
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -52,4 +55,5 @@ def train_model(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return model.eval()
+    trained: GPT2LMHeadModel = model.eval()
+    return trained

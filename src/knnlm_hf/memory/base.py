@@ -19,12 +19,17 @@ class Memory(Protocol):
     and `settings()`, plain data from which `save_pretrained` can restore it.
     """
 
-    layer: str
-    """The captured representation it expects: `att`, `ffn`, `final` or a module path."""
-    hidden_size: int
-    """D."""
-    vocab_size: int
-    """V."""
+    @property
+    def layer(self) -> str:
+        """The captured representation it expects: `att`, `ffn`, `final` or a module path."""
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of every token: (..., D) → (..., V) float32.

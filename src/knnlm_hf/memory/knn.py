@@ -145,7 +145,7 @@ class KNNMemory:
         hidden_QD = hidden.reshape(-1, hidden.shape[-1])
         step = max(1, _MAX_DISTRIBUTION // self.vocab_size)
         parts = []
-        for chunk_QD in hidden_QD.split(step):
+        for chunk_QD in torch.split(hidden_QD, step):
             near = self.search(chunk_QD)
             parts.append(
                 knn_log_probs(near.similarity, near.tokens, self.temperature, self.vocab_size)
