@@ -87,7 +87,7 @@ class TokenScores:
                 raise KNNLMError("these are the scores of a model without memory: lmbda must be 0")
             return self.lm_log_probs
         memory = self.memory_log_probs(temperature, k)
-        return mix(self.lm_log_probs, memory, weight, self._has_hit())
+        return mix(self.lm_log_probs, memory, weight, self.has_hit)
 
     def nll(
         self,
@@ -155,8 +155,9 @@ class TokenScores:
             raise SettingError(f"k is {k}, but only {kept} neighbours were scored: score again")
         return self.similarity[:, :k], self.is_target[:, :k]
 
-    def _has_hit(self) -> Tensor | None:
-        """Whether a token's query found anything at all (its first neighbour is then a hit)."""
+    @property
+    def has_hit(self) -> Tensor | None:
+        """(N,) bool, whether the token's query found anything at all; None without search."""
         return None if self.similarity is None else self.similarity[:, 0] > -math.inf
 
     @staticmethod

@@ -16,6 +16,7 @@ from torch.nn import functional
 from knnlm_hf import capture
 from knnlm_hf.corpus import documents
 from knnlm_hf.errors import KNNLMError
+from knnlm_hf.interpolation import mix
 from knnlm_hf.memory import Evidence, Memory, evidence
 from knnlm_hf.modeling import KNNLMForCausalLM
 from knnlm_hf.progress import track
@@ -132,15 +133,18 @@ class _Sums:
 
     def add(self, part: TokenScores) -> None:
         self.tokens += len(part)
-        self.base += part.lm_log_probs.double().sum().item()
-        self.mixture += part.log_probs().double().sum().item()
+        base = part.lm_log_probs
+        self.base += base.double().sum().item()
         self.model_seconds += part.model_seconds
         self.memory_seconds += part.memory_seconds
         self.has_memory = part.has_memory
+        mixture = base
         if part.has_memory:
-            memory = part.memory_log_probs().double()
-            self.memory += memory.sum().item()
-            self.oracle += torch.maximum(part.lm_log_probs.double(), memory).sum().item()
+            memory = part.memory_log_probs()
+            mixture = mix(base, memory, part.lmbda, part.has_hit)
+            self.memory += memory.double().sum().item()
+            self.oracle += torch.maximum(base, memory).double().sum().item()
+        self.mixture += mixture.double().sum().item()
 
     def report(self, words: int | None, seconds: float) -> PerplexityReport:
         def perplexity(total: float) -> float:

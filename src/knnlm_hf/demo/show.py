@@ -18,8 +18,9 @@ from knnlm_hf.modeling import KNNLMForCausalLM
 from knnlm_hf.scoring import perplexity
 from knnlm_hf.sources import sources
 from knnlm_hf.tuning import tune
+from knnlm_hf.windows import default_window
 
-_PROMPT_TOKENS, _NEW_TOKENS = 24, 24
+_PROMPT_TOKENS, _NEW_TOKENS = 24, 24  # less where the model's context is shorter
 
 
 def run(
@@ -67,15 +68,17 @@ def run(
     console.print(f"   model alone {report.base_perplexity:8.2f}")
     console.print(f"   kNN-LM      {report.perplexity:8.2f}   ({ratio:.2f} of it)")
 
-    prompt = tokenizer(test[0], return_tensors="pt")["input_ids"][:, :_PROMPT_TOKENS]
+    third = default_window(lm.config) // 3
+    prompt = tokenizer(test[0], return_tensors="pt")["input_ids"][:, : min(third, _PROMPT_TOKENS)]
+    start = prompt.shape[1]
     output = knn.generate(
-        prompt.to(knn.device), max_new_tokens=_NEW_TOKENS, do_sample=False,
+        prompt.to(knn.device), max_new_tokens=min(third, _NEW_TOKENS), do_sample=False,
         pad_token_id=tokenizer.eos_token_id,
     )[0]  # fmt: skip
-    text = tokenizer.decode(output[_PROMPT_TOKENS:])
+    text = tokenizer.decode(output[start:])
     console.print("[bold]5. Generation[/]")
     console.print(f"   {tokenizer.decode(prompt[0])!r} →\n   {text!r}", markup=False)
-    found = knn.explain(output, top=64, tokenizer=tokenizer)[_PROMPT_TOKENS - 1 : -1]
+    found = knn.explain(output, top=64, tokenizer=tokenizer)[start - 1 : -1]
     console.print("[bold]6. Where its tokens came from[/]")
     console.print(sources(found[:8]))
     seconds = time.perf_counter() - begun

@@ -1,0 +1,62 @@
+"""The demonstration, with few steps, and the examples."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from knnlm_hf import Datastore
+from knnlm_hf.demo import run, texts
+from knnlm_hf.errors import CorpusError
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_text_that_ships_with_python():
+    topics = texts.reference()
+    assert sum(map(len, topics)) > 200_000
+    train, valid, test = texts.split(topics)
+    assert sorted([*train, *valid, *test]) == sorted(topics)
+    assert min(len(valid), len(test)) >= 8
+    assert any("file" in text for text in texts.docstrings())
+
+
+def test_the_demonstration_lowers_the_perplexity(tmp_path, capsys, monkeypatch):
+    few, fewer = texts.reference()[::8], texts.docstrings()[:40]
+    monkeypatch.setattr("knnlm_hf.demo.show.reference", lambda: few)
+    monkeypatch.setattr("knnlm_hf.demo.show.docstrings", lambda: fewer)
+    facts = run(tmp_path, steps=8)
+    assert facts["perplexity"] < facts["base_perplexity"]
+    assert facts["lmbda"] > 0
+    printed = capsys.readouterr().out
+    for part in ("Datastore", "Tuned", "Perplexity", "Generation", "came from"):
+        assert part in printed
+    Datastore.open(tmp_path / "store").verify()
+
+
+def test_a_model_and_a_corpus_of_one_s_own(tmp_path):
+    tiny.gpt2().save_pretrained(tmp_path / "model")
+    tiny.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "corpus.txt").write_text("\n".join(tiny.text(tiny.corpus(120))))
+    facts = run(
+        tmp_path, model=str(tmp_path / "model"), corpus=str(tmp_path / "corpus.txt"), quiet=True
+    )
+    assert facts["perplexity"] < facts["base_perplexity"]
+    (tmp_path / "short.txt").write_text("one line")
+    with pytest.raises(CorpusError, match="lines"):
+        run(tmp_path, model=str(tmp_path / "model"), corpus=str(tmp_path / "short.txt"), quiet=True)
+
+
+def test_remove_a_source(tmp_path):
+    model, tokenizer = tiny.gpt2(), tiny.tokenizer()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    Datastore.build(model, tiny.corpus(), tmp_path / "store", tokenizer=tokenizer, progress=False)
+    script = [sys.executable, EXAMPLES / "remove_a_source.py"]
+    printed = subprocess.check_output(
+        [*script, tmp_path / "model", tmp_path / "store", "w5 w6 w7"], text=True
+    )
+    assert "document" in printed
+    assert "without" in printed
