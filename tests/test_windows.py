@@ -104,5 +104,5 @@ def test_window_defaults_and_limits():
     [(0, None), (-1, 1), (78, 1), (8, 9), (8, 0), (2.5, 1), (8, 1.5), (True, 1)],
 )
 def test_bad_windows(window, stride):
-    with pytest.raises(SettingError, match="window|stride"):
+    with pytest.raises(SettingError, match=r"window|stride"):
         check_window(window, stride, GPT2Config(n_positions=77))

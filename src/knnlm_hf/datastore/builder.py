@@ -17,9 +17,9 @@ from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.card import card
 from knnlm_hf.datastore.folder import TOKENIZER
 from knnlm_hf.datastore.ledger import CorpusCheck, Ledger
-from knnlm_hf.datastore.manifest import DTYPES, Manifest
+from knnlm_hf.datastore.manifest import DTYPES, NAME, Manifest
 from knnlm_hf.datastore.writer import ShardText, StoreWriter
-from knnlm_hf.errors import DatastoreError
+from knnlm_hf.errors import DatastoreError, KNNLMError
 from knnlm_hf.progress import track
 from knnlm_hf.windows import Batch, batches
 
@@ -43,6 +43,7 @@ class StoreBuild:
         self.waiting: list[ShardText] = []  # texts that came before the writer was there
         self.check = CorpusCheck(folder, manifest)
         self.finished = len(manifest.shards)
+        self.began = False  # whether the store's settings were first written by this run
 
     def run(self, progress: bool) -> None:
         """Write what is missing."""
@@ -68,6 +69,11 @@ class StoreBuild:
                 text = card(self.writer.manifest, ledger.entries, ledger.documents)
                 atomic.write_bytes(self.folder / "README.md", text.encode())
                 self.writer.finish(ledger.documents)
+        except KNNLMError:
+            if self.began and self.writer is not None and not self.writer.manifest.shards:
+                for name in (NAME, "README.md", TOKENIZER):  # nothing there to resume
+                    atomic.remove(self.folder / name)
+            raise
         finally:
             if self.writer is not None:
                 self.writer.close()
@@ -95,6 +101,7 @@ class StoreBuild:
             if self.tokenizer is not None:
                 atomic.remove(copy)
                 atomic.write_folder(copy, self.tokenizer.save_pretrained)
+            self.began = True
             self.manifest = replace(self.manifest, dim=dim)
             self.manifest.save(self.folder)
         elif self.manifest.dim != dim:
