@@ -49,6 +49,6 @@ def rebind(value: Any, old: nn.Module, new: nn.Module) -> Any:
     if isinstance(value, partial) and any(arg is old for arg in value.args):
         args = [new if arg is old else arg for arg in value.args]
         bound = partial(value.func, *args, **value.keywords)
-        bound.__dict__.update(value.__dict__)
+        bound.__dict__.update({k: rebind(v, old, new) for k, v in value.__dict__.items()})
         return bound
     return value
