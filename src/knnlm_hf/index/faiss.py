@@ -161,6 +161,11 @@ def empty_index(spec: str, dim: int, metric: Metric) -> Any:
         raise SearchIndexError(
             f"index {spec!r} does not give −‖q−k‖² or q·k: add ',{REFINE_KEYS}' to it"
         )
+    if metric == "ip" and re.search(r"PCA|ITQ", factory):
+        raise SearchIndexError(
+            f"index {spec!r} moves the keys' origin, which inner products do not survive: use OPQ "
+            "or RR in place of PCA and ITQ, or metric l2"
+        )
     try:
         measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
         index = faiss.index_factory(dim, factory, measure)

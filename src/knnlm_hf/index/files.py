@@ -14,6 +14,7 @@ import json
 import os
 import re
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -26,7 +27,7 @@ from knnlm_hf.index.auto import choose
 from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex
 from knnlm_hf.index.selfcheck import self_check
-from knnlm_hf.types import KeyRows, Metric, check_metric
+from knnlm_hf.types import METRICS, KeyRows, Metric, check_metric
 
 FORMAT = 1
 _FIELDS: dict[str, Any] = {
@@ -248,7 +249,11 @@ def _read_info(path: Path) -> IndexInfo:
             raise SearchIndexError(f"{path} is damaged: {name} is {facts[name]!r}")
     if not re.fullmatch(r"([0-9a-f]{64})?", facts["sha256"]):
         raise SearchIndexError(f"{path} is damaged: its checksum is {facts['sha256']!r}")
-    check_metric(facts["metric"])
+    if facts["metric"] not in METRICS:
+        raise SearchIndexError(f"{path} is damaged: metric is {facts['metric']!r}")
+    for name, number in facts["self_check"].items():
+        if not isinstance(number, int | float) or not isfinite(number):
+            raise SearchIndexError(f"{path} is damaged: {name} is {number!r}")
     return IndexInfo(**facts)
 
 

@@ -1,0 +1,275 @@
+"""FAISS indexes against brute force in float64 numpy: ids and similarities, both metrics."""
+
+from __future__ import annotations
+
+import builtins
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from knnlm_hf.errors import KNNLMError, SearchIndexError
+from knnlm_hf.index import FaissIndex, build_index, choose
+
+faiss = pytest.importorskip("faiss")
+
+
+class Keys:
+    """The smallest `KeyRows`: a tensor in memory."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.dim = rows.shape[1]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, ids):
+        return self.rows[ids]
+
+    def blocks(self, size):
+        for first in range(0, len(self.rows), size):
+            yield first, self.rows[first : first + size]
+
+
+def similarities(queries, keys, metric):
+    """(Q, N) in float64."""
+    q, x = queries.double().numpy(), keys.double().numpy()
+    if metric == "ip":
+        return q @ x.T
+    return -np.stack([((row - x) ** 2).sum(axis=1) for row in q])
+
+
+def clustered(rows, dim, seed=0, dtype=torch.float16):
+    """Keys in a few dozen clusters, as hidden states are; near neighbours mean something."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 4 * torch.randn(24, dim, generator=generator)
+    which = torch.randint(24, (rows,), generator=generator)
+    return (centres[which] + torch.randn(rows, dim, generator=generator)).to(dtype)
+
+
+def build(folder, keys, spec, metric="l2", **options):
+    values = torch.arange(len(keys), dtype=torch.int32) % 11
+    options = {"digest": "d", "progress": False, **options}
+    return build_index(Keys(keys), values, folder, spec, metric=metric, **options)
+
+
+def test_worked_by_hand(tmp_path):
+    keys = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 0.0]])
+    queries = torch.tensor([[1.0, 1.0]])
+    similarity, ids = build(tmp_path, keys, "Flat", "l2").search(queries, 3)
+    assert (ids.tolist(), similarity.tolist()) == ([[2, 0, 1]], [[-1.0, -2.0, -13.0]])
+    similarity, ids = build(tmp_path, keys, "Flat", "ip").search(queries, 3)
+    assert (ids.tolist(), similarity.tolist()) == ([[1, 2, 0]], [[7.0, 1.0, 0.0]])
+
+
+# spec, least recall of the 20 nearest, largest median error relative to the spread of similarities
+SPECS = [
+    ("Flat", 1.0, 1e-5),
+    ("IVF8,Flat", 0.95, 1e-5),
+    ("SQ8", 0.95, 0.01),
+    ("SQfp16", 0.99, 0.001),
+    ("HNSW16", 0.8, 1e-5),
+    ("PQ16x4", 0.3, 0.2),
+    ("IVF8,PQ16x4", 0.3, 0.2),
+    ("IVF8,SQ8", 0.9, 0.01),
+    ("IVF8,PQ16x4fs", 0.3, 0.2),
+    ("IVF8,PQ16x4fs,Refine(SQ8)", 0.3, 0.02),
+    ("IVF8,PQ16x4fs,Refine(keys)", 0.3, 1e-5),
+    ("PQ16x4fs,Refine(keys)", 0.3, 1e-5),
+    ("OPQ8,IVF8,PQ8x4", 0.2, 0.3),
+    ("RR32,IVF8,Flat", 0.95, 1e-4),
+    ("Pad40,IVF8,PQ10x4fs,Refine(Flat)", 0.2, 1e-4),
+]
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize(("spec", "recall", "error"), SPECS)
+def test_every_type_that_we_claim(tmp_path, metric, spec, recall, error):
+    keys, queries = clustered(1000, 32), clustered(12, 32, seed=1, dtype=torch.float32)
+    similarity, ids = build(tmp_path, keys, spec, metric).search(queries, 20)
+    truth = similarities(queries, keys, metric)
+    nearest = np.argsort(-truth, axis=1)[:, :20]
+    found = [np.isin(row, near).mean() for row, near in zip(ids.numpy(), nearest, strict=True)]
+    assert np.mean(found) >= recall
+    assert (similarity.diff(dim=1) <= 0).all()  # nearest first
+    wrong = np.abs(similarity.numpy() - np.take_along_axis(truth, ids.numpy(), axis=1))
+    assert np.median(wrong) <= error * truth.std()
+
+
+def test_a_moved_origin_is_refused_for_inner_products(tmp_path):
+    keys = clustered(300, 16)
+    ids = build(tmp_path, keys, "PCAR16,Flat", "l2").search(keys[:9].float(), 5)[1]
+    expected = np.argsort(-similarities(keys[:9], keys, "l2"), axis=1)[:, :5]
+    np.testing.assert_array_equal(ids, expected)
+    with pytest.raises(SearchIndexError, match="origin"):
+        build(tmp_path, keys, "PCAR16,Flat", "ip")
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("dim", [1, 2, 7, 37, 61])
+@pytest.mark.parametrize("memory", [0, 1 << 40])
+def test_auto_works_in_odd_dimensions(tmp_path, metric, dim, memory):
+    keys = clustered(800, dim)
+    spec = choose(60_000, dim, memory=memory).replace("IVF128", "IVF8")
+    ids = build(tmp_path, keys, spec, metric).search(keys[:5].float(), 10)[1]
+    assert ids.shape == (5, 10)
+    assert (ids >= 0).all()
+    truth = similarities(keys[:5], keys, metric)
+    best = np.sort(truth, axis=1)[:, -10:].mean()
+    found = np.take_along_axis(truth, ids.numpy(), axis=1).mean()
+    assert best - found <= 0.25 * (best - truth.mean())
+
+
+def test_auto_chooses_by_size_and_memory():
+    assert choose(1000, 64) == "exact"
+    plenty = choose(2_700_000, 256, memory=1 << 40)
+    assert plenty == "IVF1024,PQ64x4fs,Refine(keys)"
+    assert choose(2_700_000, 255, memory=1 << 40).startswith("Pad256,IVF1024,PQ64x4fs")
+    assert choose(103_000_000, 1024, memory=100 << 30).endswith("PQ256")
+    assert choose(103_000_000, 1024, memory=20 << 30).endswith("PQ256x4fs")
+
+
+def test_missing_hits_are_last_and_marked(tmp_path):
+    keys = clustered(400, 8)
+    index = build(tmp_path, keys, "IVF16,Flat", nprobe=1)
+    similarity, ids = index.search(keys[:6].float(), 200)
+    missing = ids < 0
+    assert missing.any()
+    assert (similarity[missing] == -torch.inf).all()
+    assert similarity[~missing].isfinite().all()
+    assert (missing.long().diff(dim=1) >= 0).all()
+    refined = FaissIndex(index.index, keys=Keys(keys)).search(keys[:6].float(), 200)
+    assert torch.equal(refined[1] < 0, missing)
+    assert (refined[0][missing] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("spec", ["Flat", "IVF2,PQ4x4fs", "PQ4x4,Refine(keys)"])
+def test_more_neighbours_than_entries(tmp_path, spec):
+    keys = clustered(40, 8)
+    similarity, ids = build(tmp_path, keys, spec).search(keys[:3].float(), 64)
+    assert (ids[:, :40].sort(dim=1).values == torch.arange(40)).all()
+    assert (ids[:, 40:] == -1).all()
+    assert (similarity[:, 40:] == -torch.inf).all()
+
+
+def test_one_entry_and_no_query(tmp_path):
+    index = build(tmp_path, torch.ones(1, 5), "Flat")
+    similarity, ids = index.search(torch.zeros(1, 5), 2)
+    assert (similarity.tolist(), ids.tolist()) == ([[-5.0, -torch.inf]], [[0, -1]])
+    assert index.search(torch.zeros(0, 5), 2)[0].shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_queries(tmp_path, dtype):
+    keys = clustered(300, 16)
+    index = build(tmp_path, keys, "Flat")
+    queries = clustered(4, 16, seed=1, dtype=dtype)
+    similarity, ids = index.search(queries, 5)
+    truth = similarities(queries.float(), keys, "l2")
+    np.testing.assert_array_equal(ids, np.argsort(-truth, axis=1)[:, :5])
+    np.testing.assert_allclose(similarity, -np.sort(-truth, axis=1)[:, :5], rtol=1e-4)
+
+
+def test_refined_near_duplicates_keep_their_digits(tmp_path):
+    torch.manual_seed(0)
+    keys = 1000 + 0.01 * torch.randn(300, 16)
+    similarity, ids = build(tmp_path, keys, "Flat,Refine(keys)").search(keys[:4] + 0.001, 10)
+    truth = similarities(keys[:4] + 0.001, keys, "l2")
+    expected = np.take_along_axis(truth, ids.numpy(), axis=1)
+    np.testing.assert_allclose(similarity, expected, rtol=1e-5)
+
+
+def test_same_seed_same_index(tmp_path):
+    keys = clustered(600, 16)
+    found = [
+        build(tmp_path / str(i), keys, "IVF4,PQ4x4", seed=seed).info.sha256
+        for i, seed in enumerate([0, 0, 1])
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_nprobe(tmp_path):
+    keys = clustered(400, 8)
+    index = build(tmp_path, keys, "IVF16,Flat", nprobe=3)
+    assert index.nprobe == index.info.nprobe == 3
+    index.nprobe = 16
+    truth = similarities(keys[:5], keys, "l2")
+    ids = index.search(keys[:5].float(), 30)[1]
+    np.testing.assert_array_equal(ids.sort(dim=1).values, np.sort(np.argsort(-truth)[:, :30]))
+    for wrong in (0, 17, 1.5):
+        with pytest.raises(SearchIndexError, match="from 1 to 16"):
+            index.nprobe = wrong
+    flat = build(tmp_path, keys, "Flat")
+    assert flat.nprobe is None
+    with pytest.raises(SearchIndexError, match="no inverted lists"):
+        flat.nprobe = 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("nonsense", "'nonsense'.*FAISS factory string"),
+        ("", "FAISS factory string"),
+        ("PQ5", "'PQ5' for 16-d keys"),
+        ("IVF1000,Flat", "1000 lists.*200 entries"),
+        ("PQ4x8", "200 16-d entries"),
+        ("LSH", r"Refine\(keys\)"),
+        ("L2norm,Flat", r"Refine\(keys\)"),
+        ("Refine(keys)", "Refine"),
+    ],
+)
+def test_what_cannot_be_built_says_so_and_leaves_nothing(tmp_path, spec, complaint):
+    with pytest.raises(SearchIndexError, match=complaint) as caught:
+        build(tmp_path, clustered(200, 16), spec)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_self_check_is_measured(tmp_path):
+    keys = clustered(500, 16)
+    check = build(tmp_path, keys, "Flat").info.self_check
+    assert check["recall"] > 0.999
+    assert check["distance_error"] < 1e-4
+    assert check["entropy"] == pytest.approx(check["exact_entropy"], abs=1e-3)
+    assert check["temperature"] == pytest.approx(check["exact_temperature"], rel=1e-3)
+    truth = similarities(keys, keys, "l2")
+    poor = build(tmp_path, keys, "IVF8,PQ4x4fs", nprobe=1)
+    assert poor.info.self_check["recall"] < 0.5
+    assert poor.info.self_check["distance_error"] > 0.01
+    assert 0 < check["temperature"] < -truth.min()
+
+
+def test_not_a_number(tmp_path):
+    index = build(tmp_path, clustered(50, 4), "Flat")
+    with pytest.raises(KNNLMError, match="not finite"):
+        index.search(torch.full((1, 4), torch.nan), 2)
+
+
+def test_a_faiss_index_of_ones_own():
+    own = faiss.IndexFlatIP(3)
+    own.add(np.eye(3, dtype=np.float32))
+    index = FaissIndex(own)
+    assert index.metric == "ip"
+    assert index.search(torch.tensor([[0.0, 2.0, 1.0]]), 2)[1].tolist() == [[1, 2]]
+    with pytest.raises(SearchIndexError, match="measures ip, expected l2"):
+        FaissIndex(own, "l2")
+    with pytest.raises(SearchIndexError, match="FAISS metric"):
+        FaissIndex(faiss.IndexFlat(3, faiss.METRIC_L1))
+
+
+def test_without_faiss(tmp_path, monkeypatch):
+    real_import = builtins.__import__
+
+    def no_faiss(name, *rest, **options):
+        if name == "faiss" or name.startswith("faiss."):
+            raise ImportError(name)
+        return real_import(name, *rest, **options)
+
+    monkeypatch.delitem(sys.modules, "faiss")
+    monkeypatch.setattr(builtins, "__import__", no_faiss)
+    keys = clustered(100, 4)
+    assert build(tmp_path, keys, "exact").search(keys[:1].float(), 1)[1].tolist() == [[0]]
+    with pytest.raises(SearchIndexError, match=r"knnlm-hf\[cpu\].*knnlm-hf\[gpu\]"):
+        build(tmp_path, keys, "Flat")
