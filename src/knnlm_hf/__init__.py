@@ -18,6 +18,7 @@ _HOMES = {
     "Datastore": "build",
     "KNNMemory": "memory",
     "Memory": "memory",
+    "MultiEmbeddingHead": "memory",
     "Neighbors": "types",
     "TokenScores": "scores",
     "score": "scoring",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from knnlm_hf.errors import KNNLMError as KNNLMError
     from knnlm_hf.memory import KNNMemory as KNNMemory
     from knnlm_hf.memory import Memory as Memory
+    from knnlm_hf.memory import MultiEmbeddingHead as MultiEmbeddingHead
     from knnlm_hf.modeling import KNNLMConfig as KNNLMConfig
     from knnlm_hf.modeling import KNNLMForCausalLM as KNNLMForCausalLM
     from knnlm_hf.scores import TokenScores as TokenScores
