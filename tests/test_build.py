@@ -20,7 +20,11 @@ from knnlm_hf.errors import (
 )
 
 ITEMS = tiny.corpus(seed=3)
-VARIED = [torch.randint(61, (n,)).tolist() for n in map(len, ITEMS)]  # no phrase comes twice
+GENERATOR = torch.Generator().manual_seed(0)
+VARIED = [  # no beginning comes twice, so that no two entries have equal keys
+    [i, *torch.randint(61, (len(item) - 1,), generator=GENERATOR).tolist()] if item else []
+    for i, item in enumerate(ITEMS)
+]
 COUNT = sum(max(0, len(item) - 1) for item in ITEMS)
 
 

@@ -179,7 +179,7 @@ class DatastoreReader:
             raise ModelMismatchError(
                 f"{self.path}: this datastore was built with {identity.name(self.manifest.model)}, "
                 f"which is not the model given ({theirs}): {'; '.join(found)}. Load the model it "
-                "was built with, or build a datastore with this one"
+                "was built with, build a datastore with this one, or wrap with allow_mismatch=True"
             )
 
     def verify(self, progress: bool = False) -> None:
