@@ -27,7 +27,7 @@ REFINE_KEYS = "Refine(keys)"
 _ADD_BLOCK = 1 << 16
 _TRAIN_PER_LIST = 256
 _TRAIN_BYTES = 2 << 30
-_MIN_LISTS_VISITED = 8
+_MIN_LISTS_VISITED = 16
 _MIN_ENTRIES_VISITED = 20_000
 
 
@@ -213,7 +213,7 @@ def fill(
 
 
 def default_nprobe(lists: int, entries: int) -> int:
-    """Lists to visit: 8, or as many as hold 20,000 entries, so that k=1024 has enough to choose."""
+    """Lists to visit: 16, or as many as hold 20,000 entries, so that k=1024 has enough to choose."""
     enough = -(-_MIN_ENTRIES_VISITED * lists // max(entries, 1))
     return min(lists, max(_MIN_LISTS_VISITED, enough))
 
