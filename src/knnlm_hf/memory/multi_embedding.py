@@ -10,13 +10,16 @@ Shape suffixes: Q query, R row, D dimension, V vocabulary, M rows of one token.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head_loss import head_loss
+from knnlm_hf.memory.training import Recipe, Trained, recipe_with, train
 from knnlm_hf.types import check_count, check_temperature
 
 _CHUNK_ELEMENTS = 1 << 24  # logits held at a time
@@ -53,6 +56,7 @@ class MultiEmbeddingHead(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
+        self.trained: Trained | None = None
         self.hidden_size = check_count("hidden_size", hidden_size)
         self.vocab_size = check_count("vocab_size", vocab_size)
         self.n = check_count("n", n)
@@ -65,6 +69,50 @@ class MultiEmbeddingHead(nn.Module):
         self.weight = nn.Parameter(torch.randn(rows, hidden_size) * hidden_size**-0.5)
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self._is_uniform = bool((counts_V == counts_V[0]).all())
+
+    @classmethod
+    def train_on(
+        cls,
+        store: DatastoreReader,
+        n: int = 3,
+        *,
+        rows_per_token: Any = None,
+        temperature: float = 1.0,
+        bias: bool = False,
+        recipe: Recipe | None = None,
+        checkpoint: str | Path | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+        **settings: Any,
+    ) -> MultiEmbeddingHead:
+        """Train a head on a datastore: its keys are the inputs, its values the targets.
+
+        No forward pass of the model. Entries are read in shuffled runs from the mapped shards, a
+        part is held out for early stopping, and the best weights are kept. The same seed gives the
+        same head on the same device.
+
+        Args:
+            store: the datastore; the head reads its layer.
+            n: rows of every token; `rows_per_token`, `temperature` and `bias` as for the head.
+            recipe: how to train, see `Recipe`; `settings` change single fields of it, such as
+                `epochs=3, lr=1e-3`.
+            checkpoint: folder to write after every epoch; a killed run continues from it.
+            device: where to train; default: CUDA where there is one.
+            progress: show loss and perplexity on stderr.
+
+        Raises:
+            SettingError: a setting out of range or unknown.
+            KNNLMError: keys that are not finite, a loss that diverges, a token without a row.
+        """
+        recipe = recipe_with(recipe, settings)
+        torch.manual_seed(recipe.seed)
+        head = cls(
+            store.dim, store.vocab_size, n, store.layer,
+            rows_per_token=rows_per_token, temperature=temperature, bias=bias,
+        )  # fmt: skip
+        head.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        head.trained = train(head, store, recipe, checkpoint=checkpoint, progress=progress)
+        return head
 
     def extra_repr(self) -> str:
         """Show the sizes in `print(head)`."""
