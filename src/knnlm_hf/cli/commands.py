@@ -1,8 +1,7 @@
-"""The `knnlm` command: each subcommand is a thin face of one function of the library."""
+"""The subcommands of `knnlm`: each is a thin face of one function of the library."""
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,29 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from knnlm_hf import __version__
-from knnlm_hf.errors import CorpusError, KNNLMError
+from knnlm_hf.cli.inputs import load_corpus, load_knn, load_model
+from knnlm_hf.cli.options import (
+    BatchSize,
+    Corpus,
+    Device,
+    Dtype,
+    Index,
+    Json,
+    K,
+    Lines,
+    Lmbda,
+    Metric,
+    Model,
+    OptionalStore,
+    Rescore,
+    Split,
+    Store,
+    Stride,
+    Temperature,
+    Window,
+)
+from knnlm_hf.cli.outputs import number, show, store_facts
+from knnlm_hf.errors import KNNLMError
 
 # torch, transformers and faiss are imported by the commands that need them: `--help` stays quick.
 
@@ -40,32 +61,6 @@ app = typer.Typer(
     help="Nearest-neighbour language models for Hugging Face transformers.",
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal or a kNN model.")]
-Corpus = Annotated[
-    str,
-    typer.Argument(
-        help="A text file (one document), a .jsonl/.csv/.parquet file, or a Hub dataset id."
-    ),
-]
-Store = Annotated[str, typer.Argument(help="Folder of a datastore, or its Hub dataset id.")]
-OptionalStore = Annotated[
-    str | None, typer.Argument(help="The datastore; not needed where MODEL is a kNN model.")
-]
-Window = Annotated[int | None, typer.Option(help="Input tokens per window [model's context].")]
-Stride = Annotated[int | None, typer.Option(help="New tokens per window [half the window].")]
-BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
-Split = Annotated[str, typer.Option(help="Split of a dataset.")]
-Lines = Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")]
-Dtype = Annotated[str | None, typer.Option("--model-dtype", help="float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, … [cuda where there is one].")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-K = Annotated[int | None, typer.Option("--k", help="Neighbours per query [1024].")]
-Temperature = Annotated[float | None, typer.Option(help="t > 0 [from the data].")]
-Lmbda = Annotated[float | None, typer.Option(help="0 <= lambda < 1 [0.25].")]
-Metric = Annotated[str, typer.Option(help="l2 or ip.")]
-Index = Annotated[str, typer.Option(help="auto, exact, or a factory string that was built.")]
-Rescore = Annotated[bool, typer.Option("--rescore", help="True similarities from stored keys.")]
 
 
 def _version(show: bool) -> None:
@@ -105,14 +100,14 @@ def build(
     """Build a datastore of MODEL's states over CORPUS, and its index."""
     from knnlm_hf import Datastore
 
-    base, tokenizer = _load(model, model_dtype, device)
+    base, tokenizer = load_model(model, model_dtype, device)
     built = Datastore.build(
-        base, _corpus(corpus, split, lines), store, tokenizer=tokenizer, layer=layer,
+        base, load_corpus(corpus, split, lines), store, tokenizer=tokenizer, layer=layer,
         window=window, stride=stride, batch_size=batch_size, dtype=dtype, shard_size=shard_size,
     )  # fmt: skip
     if index != "none":
         built.build_index(index, metric=metric)
-    _print(_store_facts(built), as_json)
+    show(store_facts(built), as_json)
 
 
 @app.command()
@@ -127,7 +122,7 @@ def index(
     from knnlm_hf import Datastore
 
     built = Datastore.open(store).build_index(spec, metric=metric, nprobe=nprobe)
-    _print(built.info.to_dict() if built.info else {"spec": spec}, as_json)
+    show(built.info.to_dict() if built.info else {"spec": spec}, as_json)
 
 
 @app.command()
@@ -152,16 +147,18 @@ def tune(
     """Fit k, temperature and lambda to held-out text."""
     from knnlm_hf import tune as fit
 
-    knn, tokenizer = _wrap(model, store, model_dtype, device, None, k, None, metric, index, rescore)
+    knn, tokenizer = load_knn(
+        model, store, model_dtype, device, None, k, None, metric, index, rescore
+    )
     best = fit(
-        knn, _corpus(corpus, split, lines), tokenizer=tokenizer,
+        knn, load_corpus(corpus, split, lines), tokenizer=tokenizer,
         window=window, stride=stride, batch_size=batch_size,
     )  # fmt: skip
     if out is not None:
         knn.save_pretrained(out)
         if tokenizer is not None:
             tokenizer.save_pretrained(out)
-    _print({**asdict(best), "helps": best.helps}, as_json)
+    show({**asdict(best), "helps": best.helps}, as_json)
 
 
 @app.command("eval")
@@ -187,22 +184,22 @@ def evaluate(
     """Perplexity of the model, the memory and their mixture, side by side."""
     from knnlm_hf import perplexity
 
-    knn, tokenizer = _wrap(
+    knn, tokenizer = load_knn(
         model, store, model_dtype, device, lmbda, k, temperature, metric, index, rescore
     )
     report = perplexity(
-        knn, _corpus(corpus, split, lines), tokenizer=tokenizer,
+        knn, load_corpus(corpus, split, lines), tokenizer=tokenizer,
         window=window, stride=stride, batch_size=batch_size,
     )  # fmt: skip
     facts = {**asdict(report), "lmbda": knn.lmbda}
     if as_json:
-        return _print(facts, as_json)
+        return show(facts, as_json)
     table = Table("", "perplexity", "per word", title=f"{corpus}: {report.tokens:,} tokens")
     word = report.word_perplexity, report.base_word_perplexity
-    table.add_row("model alone", _number(report.base_perplexity), _number(word[1]))
-    table.add_row("memory alone", _number(report.memory_perplexity), "")
-    table.add_row(f"mixture (lambda {knn.lmbda:.3g})", _number(report.perplexity), _number(word[0]))
-    table.add_row("better of the two per token", _number(report.oracle_perplexity), "")
+    table.add_row("model alone", number(report.base_perplexity), number(word[1]))
+    table.add_row("memory alone", number(report.memory_perplexity), "")
+    table.add_row(f"mixture (lambda {knn.lmbda:.3g})", number(report.perplexity), number(word[0]))
+    table.add_row("better of the two per token", number(report.oracle_perplexity), "")
     Console().print(table, f"{report.tokens_per_second:,.0f} tokens/s")
     return None
 
@@ -231,7 +228,7 @@ def generate(
 
     from knnlm_hf.sources import sources
 
-    knn, tokenizer = _wrap(
+    knn, tokenizer = load_knn(
         model, store, model_dtype, device, lmbda, k, temperature, metric, index, rescore
     )
     if tokenizer is None:
@@ -247,7 +244,7 @@ def generate(
     if as_json:
         if explain:
             facts["explanation"] = [asdict(position) for position in found]
-        return _print(facts, as_json)
+        return show(facts, as_json)
     typer.echo(prompt + facts["text"])
     if explain:
         Console().print(sources(found))
@@ -259,7 +256,7 @@ def info(store: Store, as_json: Json = False) -> None:
     """What a datastore is: size, layer, model, indexes."""
     from knnlm_hf import Datastore
 
-    _print(_store_facts(Datastore.open(store)), as_json)
+    show(store_facts(Datastore.open(store)), as_json)
 
 
 @app.command()
@@ -269,7 +266,7 @@ def verify(store: Store, as_json: Json = False) -> None:
 
     opened = Datastore.open(store)
     opened.verify(progress=True)
-    _print({"store": str(opened.path), "entries": len(opened), "verified": True}, as_json)
+    show({"store": str(opened.path), "entries": len(opened), "verified": True}, as_json)
 
 
 @app.command()
@@ -289,7 +286,7 @@ def push(
         url = push_folder(folder, repo, "model", private=private)
     else:
         raise KNNLMError(f"{folder} is neither a datastore (manifest.json) nor a saved model")
-    _print({"pushed": str(folder), "to": str(url)}, as_json)
+    show({"pushed": str(folder), "to": str(url)}, as_json)
 
 
 @app.command()
@@ -304,131 +301,4 @@ def demo(
 
     facts = run(out, model=model, corpus=corpus)
     if as_json:
-        _print(facts, as_json)
-
-
-def _load(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
-    """A plain causal model, or a saved kNN model, with its tokenizer (None where it has none)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    from knnlm_hf import modeling  # noqa: F401 - registers the kNN model type
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise KNNLMError(f"unknown dtype {dtype!r}: choose float32, bfloat16 or float16")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-        loaded = loaded.to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise KNNLMError(f"model {name}: {_first_line(error)}") from error
-    try:
-        return loaded, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return loaded, None
-
-
-def _wrap(
-    name: str,
-    store: str | None,
-    dtype: str | None,
-    device: str | None,
-    lmbda: float | None,
-    k: int | None,
-    temperature: float | None,
-    metric: str,
-    index: str,
-    rescore: bool,
-) -> tuple[Any, Any]:
-    """The kNN model of the command line: a saved one, or MODEL with STORE."""
-    from knnlm_hf import KNNLMForCausalLM, KNNMemory
-
-    model, tokenizer = _load(name, dtype, device)
-    if store is not None:
-        memory = KNNMemory(store, 1024 if k is None else k, temperature, metric, index, rescore)
-        model = KNNLMForCausalLM(model, memory, lmbda=0.25 if lmbda is None else lmbda)
-    elif not isinstance(model, KNNLMForCausalLM):
-        raise KNNLMError(f"{name} is a plain model: name a datastore too, last")
-    else:
-        if lmbda is not None:
-            model.lmbda = lmbda
-        if k is not None:
-            model.memory.k = k
-        if temperature is not None:
-            model.memory.temperature = temperature
-    return model, tokenizer
-
-
-def _corpus(name: str, split: str, lines: bool) -> Any:
-    """What the command line calls a corpus: a text file, a data file, a saved or Hub dataset."""
-    path = Path(name).expanduser()
-    loaders = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    kind = loaders.get(path.suffix)
-    if path.is_file() and kind is None:
-        if not lines:
-            return str(path)
-        return (line for line in path.open(encoding="utf-8") if line.strip())
-    if not path.exists() and (path.suffix or name.count("/") > 1 or name.startswith((".", "/"))):
-        raise CorpusError(f"{name}: no such file")
-    import datasets
-
-    try:
-        if path.is_file():
-            return datasets.load_dataset(kind, data_files=str(path), split="train")
-        if path.is_dir():
-            loaded = datasets.load_from_disk(str(path))
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        return datasets.load_dataset(name, split=split, streaming=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CorpusError(f"corpus {name}: {_first_line(error)}") from error
-
-
-def _store_facts(store: Any) -> dict[str, Any]:
-    from knnlm_hf import identity
-    from knnlm_hf.index import built_indexes
-
-    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
-    indexes = built_indexes(store.path / "indexes")
-    return {
-        "store": str(store.path),
-        "entries": len(store),
-        "documents": store.documents,
-        "layer": store.layer,
-        "dim": store.dim,
-        "dtype": str(store.dtype).removeprefix("torch."),
-        "model": identity.name(store.manifest.model),
-        "bytes": size,
-        "indexes": [f"{found.factory} ({found.metric})" for _, found in indexes],
-    }
-
-
-def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        # JSON has no infinity: a perplexity of ∞ is the string "inf".
-        plain = {k: str(v) if v in (float("inf"),) else v for k, v in facts.items()}
-        typer.echo(json.dumps(plain, default=str))
-        return
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
-        table.add_row(name, f"{shown:,}" if isinstance(shown, int) else str(shown))
-    Console().print(table)
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else "∞" if value == float("inf") else f"{value:.2f}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def main() -> None:
-    """Entry point of the `knnlm` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()
+        show(facts, as_json)

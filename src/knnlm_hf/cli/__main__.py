@@ -1,0 +1,5 @@
+"""`python -m knnlm_hf.cli` is `knnlm`."""
+
+from knnlm_hf.cli import main
+
+main()

@@ -1,0 +1,33 @@
+"""The arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of a causal or a kNN model.")]
+Corpus = Annotated[
+    str,
+    typer.Argument(
+        help="A text file (one document), a .jsonl/.csv/.parquet file, or a Hub dataset id."
+    ),
+]
+Store = Annotated[str, typer.Argument(help="Folder of a datastore, or its Hub dataset id.")]
+OptionalStore = Annotated[
+    str | None, typer.Argument(help="The datastore; not needed where MODEL is a kNN model.")
+]
+Window = Annotated[int | None, typer.Option(help="Input tokens per window [model's context].")]
+Stride = Annotated[int | None, typer.Option(help="New tokens per window [half the window].")]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
+Split = Annotated[str, typer.Option(help="Split of a dataset.")]
+Lines = Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")]
+Dtype = Annotated[str | None, typer.Option("--model-dtype", help="float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, … [cuda where there is one].")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+K = Annotated[int | None, typer.Option("--k", help="Neighbours per query [1024].")]
+Temperature = Annotated[float | None, typer.Option(help="t > 0 [from the data].")]
+Lmbda = Annotated[float | None, typer.Option(help="0 <= lambda < 1 [0.25].")]
+Metric = Annotated[str, typer.Option(help="l2 or ip.")]
+Index = Annotated[str, typer.Option(help="auto, exact, or a factory string that was built.")]
+Rescore = Annotated[bool, typer.Option("--rescore", help="True similarities from stored keys.")]
