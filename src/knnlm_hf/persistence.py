@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +81,96 @@ def push_folder(
         create_pr=create_pr,
         ignore_patterns=ignore_patterns,
     )
+
+
+@contextmanager
+def filled_at_once(target: Path, last: str = "config.json") -> Iterator[Path]:
+    """Give a temporary folder beside `target`; its files move there when the block ends well.
+
+    The file `last` moves last, so that a folder with it is whole. On an error `target` is as it
+    was, and nothing half-written is left.
+
+    Raises:
+        PersistenceError: the disk is full, read-only, or `target` is no folder.
+    """
+    if target.exists() and not target.is_dir():
+        raise PersistenceError(f"{target}: a file is in the way, expected a folder")
+    missing = [parent for parent in (target, *target.parents) if not parent.exists()]
+    folder = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        yield folder
+        files = [file for file in folder.rglob("*") if not file.is_dir()]
+        for file in sorted(files, key=lambda file: file == folder / last):
+            place = target / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise PersistenceError(f"{target}: cannot be written: {reason}") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def hub_origin(folder: Path) -> tuple[str | None, str | None]:
+    """Repo id and commit of a folder in the Hub's cache, or (None, None)."""
+    found = re.search(r"(?:datasets|models)--([^/\\]+)[/\\]snapshots[/\\]([^/\\]+)$", str(folder))
+    return (found[1].replace("--", "/"), found[2]) if found else (None, None)
+
+
+def knn_model_card(
+    base: str | None,
+    architecture: str,
+    lmbda: float,
+    settings: dict[str, Any],
+    store: str | None,
+    entries: int,
+    layer: str,
+) -> str:
+    """README.md of a saved kNN model, as Markdown with YAML metadata."""
+    metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    metadata += ["- knn-lm", "- knnlm-hf", "- retrieval"]
+    if base is not None and is_hub_id(base):
+        metadata.append(f"base_model: {base}")
+    if store is not None and is_hub_id(store):
+        metadata += ["datasets:", f"- {store}"]
+    shown = "inside this folder" if store is None else f"`{store}`"
+    return f"""---
+{chr(10).join(metadata)}
+---
+
+# Nearest-neighbour language model
+
+{architecture} mixed with a datastore of {entries:,} entries:
+P(w|c) = (1−λ) · P_LM(w|c) + λ · P_kNN(w|c), with λ = {lmbda:g}.
+
+| | |
+|---|---|
+| base model | {f"`{base}`" if base else "inside this folder"} |
+| datastore | {shown} |
+| layer | `{layer}` |
+| k | {settings.get("k")} |
+| temperature | {settings.get("temperature")} |
+| metric | {settings.get("metric")} |
+
+```python
+from knnlm_hf import KNNLMForCausalLM
+
+knn = KNNLMForCausalLM.from_pretrained("this folder or repository")
+```
+
+or, with `knnlm-hf` installed, `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`.
+
+kNN-LM lowers perplexity on average while raising it for most single tokens, and does not by itself
+improve open-ended generation (arXiv 2305.14625) or reasoning (arXiv 2408.11815).
+"""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a repository's id, `name` or `owner/name`."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name) is not None

@@ -5,6 +5,7 @@ Shape suffixes: T position, K neighbour, D hidden dimension, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from knnlm_hf.capture import capturing
-from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.errors import DatastoreError, KNNLMError, SettingError
 from knnlm_hf.interpolation import knn_weights, mix_distributions
 from knnlm_hf.modeling.mixture import memory_log_probs
 
@@ -33,7 +34,7 @@ class Neighbour:
     token_text: str | None
     """The same as text, if there is a tokenizer."""
     context: str | None
-    """The text around it in its document, if there is a tokenizer."""
+    """The text around it in its document; None without a tokenizer, or in a subsample."""
     document: int
     """The corpus item it comes from."""
 
@@ -121,7 +122,10 @@ def _explain(knn: Any, ids_T: Tensor, top: int, tokenizer: Any) -> list[Explanat
 def _neighbour(
     store: Any, tokenizer: Any, weight: Any, similarity: Any, entry: Any, token: Any
 ) -> Neighbour:
-    context = None if tokenizer is None else str(tokenizer.decode(store.context(entry)))
+    context = None
+    if tokenizer is not None:
+        with suppress(DatastoreError):  # a subsample has no text around its entries
+            context = str(tokenizer.decode(store.context(entry)))
     return Neighbour(
         weight, similarity, entry, token, _text(tokenizer, token), context, store.document(entry)
     )

@@ -27,14 +27,16 @@ from functools import wraps
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from knnlm_hf.capture import CapturePoint
 from knnlm_hf.memory.base import as_memory
 from knnlm_hf.modeling.clone import rebind, shallow_clone
+from knnlm_hf.modeling.config import KNNLMConfig
 from knnlm_hf.modeling.explain import Explanation, explain
 from knnlm_hf.modeling.fit import after_slicing, base_of, check_fit
 from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
+from knnlm_hf.modeling.saving import Saving
 from knnlm_hf.types import check_lmbda
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ else:
 _disabled: ContextVar[frozenset[int]] = ContextVar("knnlm_hf_disabled", default=frozenset())
 
 
-class KNNLMForCausalLM(_Model):  # type: ignore[no-untyped-call]
+class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
     """A causal language model mixed with a memory.
 
     Args:
@@ -259,3 +261,6 @@ def _take_own_forward(knn: KNNLMForCausalLM) -> Callable[..., Any] | None:
         knn.__dict__[slot] = MethodType(type(knn).forward, knn)
     own: Callable[..., Any] = forward
     return own
+
+
+AutoModelForCausalLM.register(KNNLMConfig, KNNLMForCausalLM, exist_ok=True)

@@ -1,0 +1,138 @@
+"""save_pretrained, from_pretrained and push_to_hub of the wrapper."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from knnlm_hf.modeling import parts
+from knnlm_hf.persistence import filled_at_once, hub_origin, push_folder
+
+
+class Saving:
+    """What KNNLMForCausalLM inherits; its parts go to and from folders in `parts`."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        save_base: bool | None = None,
+        save_memory: bool = False,
+        store_id: str | None = None,
+        tokenizer: Any = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **base_options: Any,
+    ) -> None:
+        """Save as a folder that `from_pretrained` and transformers' Auto classes load.
+
+        Base and datastore are kept as references (Hub id and commit, or absolute path). Nothing
+        half-written is left on an error.
+
+        Args:
+            save_directory: folder; its files of the same names are replaced.
+            save_base: put the base's weights into the folder too; default: if it has no id or path.
+            save_memory: put a copy of the datastore into the folder too.
+            store_id: Hub dataset id to refer to the datastore by.
+            tokenizer: saved along; default: the one kept with the datastore.
+            push_to_hub: also upload the folder, to `repo_id` or the folder's name.
+            repo_id: see `push_to_hub`.
+            base_options: of the base's `save_pretrained`, where it is saved. A `state_dict` (from
+                Trainer) saves the base.
+
+        Raises:
+            PersistenceError: a memory that cannot be saved, adapters that would be lost, a folder
+                that cannot be written.
+        """
+        if not base_options.get("is_main_process", True):
+            return
+        if base_options.get("state_dict") is not None and save_base is None:
+            save_base = True
+        target = Path(save_directory).expanduser().absolute()
+        with filled_at_once(target) as folder:
+            parts.save(
+                self, target, folder, save_base=save_base, save_memory=save_memory,
+                tokenizer=tokenizer, store_id=store_id, base_options=base_options,
+            )  # fmt: skip
+        if push_to_hub:
+            push_folder(target, repo_id or target.name, "model", token=base_options.get("token"))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        save_base: bool | None = None,
+        save_memory: bool | None = None,
+        store_id: str | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Save into a temporary folder and upload it in one commit.
+
+        Args:
+            repo_id: model repository, made if need be.
+            store_id, tokenizer: as in `save_pretrained`.
+            save_base: default: unless the base has a Hub id.
+            save_memory: default: unless the datastore is on the Hub itself.
+            options: private, token, commit_message, revision, create_pr.
+        """
+        model: Any = self
+        if save_memory is None:
+            store = getattr(model.memory, "store", None)
+            save_memory = store_id is None and hub_origin(getattr(store, "path", Path()))[0] is None
+        if save_base is None:  # a path on this machine says nothing to others
+            save_base = Path(parts.base_reference(model.unwrap())[0] or "/").is_absolute()
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(
+                folder, save_base=save_base, save_memory=save_memory, store_id=store_id,
+                tokenizer=tokenizer,
+            )  # fmt: skip
+            return push_folder(folder, repo_id, "model", **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *_: Any,
+        base_model: Any = None,
+        memory: Any = None,
+        lmbda: float | None = None,
+        allow_mismatch: bool = False,
+        config: Any = None,
+        **options: Any,
+    ) -> Any:
+        """Load what `save_pretrained` or `push_to_hub` saved.
+
+        Args:
+            source: folder or Hub model id.
+            base_model: a model, path or id instead of the saved base.
+            memory: a memory, datastore, path or id instead of the saved one.
+            lmbda: λ instead of the saved one.
+            allow_mismatch: load a base that the memory was not made with, knowingly.
+            config: a `KNNLMConfig` instead of the folder's.
+            options: revision, token, cache_dir and local_files_only say where from; all others
+                (dtype, device_map, quantization_config, …) are the base's.
+
+        Raises:
+            PersistenceError: no kNN model there, or a part of it is missing.
+            ModelMismatchError: the base is not the one the memory was made with.
+        """
+        names = ("revision", "token", "cache_dir", "local_files_only")
+        hub = {name: options.pop(name) for name in names if options.get(name) is not None}
+        for name in (*names, "subfolder", "_from_auto", "adapter_kwargs", "code_revision"):
+            options.pop(name, None)
+        base, memory, config, generation = parts.load(
+            source, config=config, base_model=base_model, memory=memory, hub=hub,
+            base_options={name: value for name, value in options.items() if value is not None},
+        )  # fmt: skip
+        share = config.lmbda if lmbda is None else lmbda
+        wrapping: Any = cls.__dict__.get("_knnlm_mixin", cls)
+        knn = wrapping(base, memory, share, layer=config.layer, allow_mismatch=allow_mismatch)
+        if generation is not None:
+            knn.generation_config = generation
+        return knn
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
+        """Do nothing: the code that loads it is already in the folder."""
