@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from knnlm_hf.errors import KNNLMError, SearchIndexError
-from knnlm_hf.index import FaissIndex, build_index, choose
+from knnlm_hf.index import FaissIndex, build_index, choose, selfcheck
 
 faiss = pytest.importorskip("faiss")
 
@@ -188,6 +188,33 @@ def test_same_seed_same_index(tmp_path):
         for i, seed in enumerate([0, 0, 1])
     ]
     assert found[0] == found[1] != found[2]
+
+
+def test_the_training_sample_is_drawn_by_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr("knnlm_hf.index.faiss._TRAIN_LEAST", 100)
+    keys = clustered(600, 16)
+    found = [
+        build(tmp_path / str(i), keys, "PQ4x4", seed=seed).info.sha256
+        for i, seed in enumerate([0, 0, 1])
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_graph_is_searched_as_far_as_k(tmp_path):
+    keys = clustered(1000, 16)
+    ids = build(tmp_path, keys, "HNSW16").search(keys[:8].float(), 500)[1]
+    nearest = np.argsort(-similarities(keys[:8], keys, "l2"), axis=1)[:, :500]
+    found = [np.isin(near, row).mean() for row, near in zip(ids.numpy(), nearest, strict=True)]
+    assert np.mean(found) > 0.9
+
+
+def test_self_check_drops_each_query_by_its_id():
+    own = torch.tensor([7, 3])
+    similarity = torch.tensor([[0.0, 0.0, -2.0], [-1.0, -2.0, -3.0]])
+    ids = torch.tensor([[5, 7, 1], [4, 5, 6]])  # the first found a twin before itself
+    kept, kept_ids = selfcheck._without(own, similarity, ids)
+    assert kept_ids.tolist() == [[5, 1], [4, 5]]
+    assert kept.tolist() == [[0.0, -2.0], [-1.0, -2.0]]
 
 
 def test_nprobe(tmp_path):

@@ -81,6 +81,9 @@ def test_the_record_is_complete(tmp_path, keys):
     assert {name: stored[name] for name in expected} == expected
     assert stored["self_check"]["temperature"] == info.temperature > 0
     assert open_index(keys, tmp_path, digest="abc").nprobe == 3
+    record = the_file(tmp_path).parent / "index.json"
+    record.write_text(json.dumps(stored | {"nprobe": 2}))
+    assert open_index(keys, tmp_path, digest="abc").nprobe == 2
 
 
 def test_nothing_built_is_none(tmp_path, keys):

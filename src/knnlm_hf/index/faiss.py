@@ -26,6 +26,7 @@ from knnlm_hf.types import KeyRows, Metric
 REFINE_KEYS = "Refine(keys)"
 _ADD_BLOCK = 1 << 16
 _TRAIN_PER_LIST = 256
+_TRAIN_LEAST = 1 << 16
 _TRAIN_BYTES = 2 << 30
 _MIN_LISTS_VISITED = 16
 _MIN_ENTRIES_VISITED = 20_000
@@ -213,7 +214,7 @@ def fill(
 
 
 def default_nprobe(lists: int, entries: int) -> int:
-    """Lists to visit: 16, or as many as hold 20,000 entries, so that k=1024 has enough to choose."""
+    """Lists to visit: 16, or as many as hold 20,000 entries, so that k=1024 has a choice."""
     enough = -(-_MIN_ENTRIES_VISITED * lists // max(entries, 1))
     return min(lists, max(_MIN_LISTS_VISITED, enough))
 
@@ -268,7 +269,7 @@ def reason(error: BaseException) -> str:
 
 def _training_sample(keys: KeyRows, lists: int, seed: int) -> np.ndarray[Any, Any]:
     """A uniform sample without replacement, float32: 256 keys per list, at most 2 GiB."""
-    wanted = max(_TRAIN_PER_LIST * lists, 1 << 16)
+    wanted = max(_TRAIN_PER_LIST * lists, _TRAIN_LEAST)
     affordable = max(_TRAIN_BYTES // (4 * keys.dim), 39 * lists)
     size = min(len(keys), wanted, affordable)
     generator = torch.Generator().manual_seed(seed)
