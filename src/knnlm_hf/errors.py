@@ -1,4 +1,4 @@
-"""Every refusal of this library is a `KNNLMError`: what was found, what was expected, what to do."""
+"""Every refusal of this library is a `KNNLMError`: what was found, expected, and what to do."""
 
 
 class KNNLMError(Exception):

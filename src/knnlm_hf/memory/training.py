@@ -209,7 +209,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
-        return loss.item()
+        return float(loss.item())
 
     def end_epoch(self) -> None:
         """Measure on the held-out entries, keep the best weights, write the checkpoint."""
