@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import tiny
 import torch
