@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, score
-from knnlm_hf.errors import CorpusError, KNNLMError, SettingError
+from knnlm_hf.errors import CorpusError, KNNLMError, ModelMismatchError, SettingError
 from knnlm_hf.interpolation import knn_log_probs
 from knnlm_hf.scores import TokenScores
 
@@ -218,6 +218,16 @@ def test_queries_without_any_hit_leave_the_model_alone():
         is_target=torch.tensor([[False, False], [False, False]]), lmbda=0.5,
     )  # fmt: skip
     assert scores.log_probs().tolist() == pytest.approx([-1.0, -2.0 + math.log(0.5)])
+
+
+def test_another_tokenizer_than_the_store_s_is_refused(model, tmp_path):
+    tokenizer, texts = tiny.tokenizer(), tiny.text(tiny.corpus()[2:])
+    store = Datastore.build(model, texts, tmp_path / "s", tokenizer=tokenizer, progress=False)
+    mixture = KNNLMForCausalLM(model, store)
+    perplexity(mixture, texts, tokenizer=tiny.tokenizer(), progress=False)
+    other = tiny.tokenizer(reverse=True)
+    with pytest.raises(ModelMismatchError, match="another tokenizer"):
+        perplexity(mixture, texts, tokenizer=other, progress=False)
 
 
 def test_training_mode_is_restored(knn):

@@ -31,9 +31,10 @@ def corpus(documents: int = 6, seed: int = 0, longest: int = 90) -> list[list[in
     return items
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per whitespace-separated word: <eos> <unk> w2 … w60."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+def tokenizer(reverse: bool = False) -> PreTrainedTokenizerFast:
+    """One token per whitespace-separated word: <eos> <unk> w2 … w60, or the w's in reverse."""
+    words = [*WORDS[:2], *WORDS[:1:-1]] if reverse else WORDS
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>"

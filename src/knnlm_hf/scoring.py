@@ -193,6 +193,9 @@ class _Pass:
             corpus, tokenizer, vocab_size=config.vocab_size, bos=bos, config=config
         )
         self.scorer = _Scorer(model, exclude_self)
+        check_tokenizer = getattr(self.scorer.memory, "check_tokenizer", None)
+        if tokenizer is not None and check_tokenizer is not None:
+            check_tokenizer(tokenizer)
 
     @property
     def words(self) -> int | None:

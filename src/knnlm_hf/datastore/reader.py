@@ -182,6 +182,19 @@ class DatastoreReader:
                 "was built with, build a datastore with this one, or wrap with allow_mismatch=True"
             )
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise `ModelMismatchError` unless the store's text was read with this tokenizer.
+
+        A store that was built from token ids, without a tokenizer, takes any.
+        """
+        recorded = self.manifest.model["tokenizer"]
+        if recorded not in (None, identity.tokenizer_hash(tokenizer)):
+            raise ModelMismatchError(
+                f"{self.path}: this datastore was built with another tokenizer than "
+                f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}: its values "
+                "would be other words; load the tokenizer it was built with (store.tokenizer)"
+            )
+
     def verify(self, progress: bool = False) -> None:
         """Read everything and compare it with the manifest.
 

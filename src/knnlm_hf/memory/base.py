@@ -15,8 +15,9 @@ class Memory(Protocol):
     """A distribution over the vocabulary, given hidden states: the second term of the equation.
 
     A class that has these five names is a memory; it need not inherit from anything. It may also
-    have `check_model(model)`, raising `ModelMismatchError` for a model that it was not made with,
-    and `settings()`, plain data from which `save_pretrained` can restore it.
+    have `check_model(model)` and `check_tokenizer(tokenizer)`, raising `ModelMismatchError` for one
+    that it was not made with, and `settings()`, plain data from which `save_pretrained` can restore
+    it.
     """
 
     @property

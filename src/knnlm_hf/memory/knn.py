@@ -174,6 +174,10 @@ class KNNMemory:
         """Raise `ModelMismatchError` unless the store was built with (a cast of) this model."""
         self.store.check_model(model)
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise `ModelMismatchError` unless the store's text was read with this tokenizer."""
+        self.store.check_tokenizer(tokenizer)
+
     def settings(self) -> dict[str, Any]:
         """Everything but the store, as plain data: what `save_pretrained` keeps.
 
