@@ -195,6 +195,10 @@ def test_blocks_nest_and_close_on_errors() -> None:
     inner.raw = None
     model(IDS)
     assert inner.raw is None
+    with capturing(att) as outer, capturing(att) as inner:
+        model(IDS)
+    assert outer.raw is inner.raw
+    assert outer.raw is not None
 
 
 def test_gradient_checkpointing_fires_nothing_afterwards() -> None:
@@ -212,14 +216,15 @@ def test_threads_do_not_hear_each_other() -> None:
     model = tiny("gpt2")
     point = find(model, "att")
     wrong: list[int] = []
+    texts = [torch.full((1, 4), number + 3) for number in range(4)]
+    mlp = model.transformer.h[1].mlp
+    truths = [reference.states(model, (mlp, True), ids) for ids in texts]
 
     def work(number: int) -> None:
-        ids = torch.full((1, 4), number + 3)
-        truth = reference.states(model, (model.transformer.h[1].mlp, True), ids)
         for _ in range(30):
             with torch.no_grad(), capturing(point) as heard:
-                model(ids)
-            if heard.raw is None or not torch.equal(heard.raw, truth):
+                model(texts[number])
+            if heard.raw is None or not torch.equal(heard.raw, truths[number]):
                 wrong.append(number)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]

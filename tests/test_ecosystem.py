@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import subprocess
 import sys
@@ -140,7 +139,9 @@ def test_trainer_trains_and_saves(saved: tuple[Any, Path], tmp_path: Path) -> No
 
     from transformers import Trainer, TrainingArguments
 
-    knn = copy.deepcopy(saved[0])
+    saved[0].unwrap().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    knn = KNNLMForCausalLM(base, saved[0].memory, 0.8)
     rows = torch.randint(2, tiny.VOCAB, (4, 12), generator=torch.Generator().manual_seed(1))
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, learning_rate=1e-2, report_to=[], use_cpu=True,

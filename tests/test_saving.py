@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,21 @@ def test_base_without_a_name_is_saved(knn: Any, tmp_path: Path) -> None:
     base = json.loads((tmp_path / "saved" / "base" / "config.json").read_text())
     assert (base["model_type"], base["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
     assert same(KNNLMForCausalLM.from_pretrained(tmp_path / "saved"), nameless)
+
+
+@pytest.mark.parametrize("how", ["step", "fused step", "copy", "cast"])
+def test_trained_weights_are_not_lost(knn: Any, tmp_path: Path, how: str) -> None:
+    """A base trained since it was loaded is no longer what its name refers to; a cast one is."""
+    if how == "cast":
+        knn.to(torch.bfloat16)
+    else:
+        optimizer = torch.optim.AdamW(knn.parameters(), 1e-6, fused=how == "fused step")
+        knn(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    if how == "copy":
+        knn = pickle.loads(pickle.dumps(copy.deepcopy(knn)))
+    knn.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "base").is_dir() == (how != "cast")
 
 
 def test_parts_can_be_exchanged(knn: Any, tmp_path: Path) -> None:

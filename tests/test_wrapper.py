@@ -420,10 +420,10 @@ def test_answer_on_another_device_is_moved() -> None:
 
 def test_exchanged_modules_are_still_heard() -> None:
     """Resized embeddings put a new head into the model: `final` must not fall silent."""
-    model = tiny("gpt2")
-    knn = KNNLMForCausalLM(model, memory_of(model, "gpt2", "final"), 0.6)
+    model = tiny("llama")
+    knn = KNNLMForCausalLM(model, memory_of(model, "llama", "final"), 0.6)
     knn.resize_token_embeddings(V + 8)
-    knn.memory.asked.clear()
+    knn.set_output_embeddings(nn.Linear(D, V + 8))
     probs = knn(IDS).logits.exp()
     assert knn.memory.asked == [(2, 5, D)]
     assert probs.shape[-1] == V + 8
@@ -453,6 +453,8 @@ def test_disable_is_of_one_wrapper_in_one_thread() -> None:
     seen: list[Tensor] = []
     with knn.disable_retrieval():
         assert torch.equal(other(IDS).logits, mixed)
+        with other.disable_retrieval():
+            assert torch.equal(knn(IDS).logits, model(IDS).logits)
         thread = threading.Thread(target=lambda: seen.append(knn(IDS).logits))
         thread.start()
         thread.join()
@@ -639,11 +641,13 @@ def test_attention_can_be_switched() -> None:
 def test_stale_bound_calls_are_not_taken_over() -> None:
     """What compiling left on the model is bound to the model."""
     model = tiny("gpt2")
+    memory = memory_of(model, "gpt2", "att")
+    expected = KNNLMForCausalLM(model, memory, 0.6)(IDS).logits
     model._compiled_call = model.__call__
     model.compile(backend="eager")
-    knn = KNNLMForCausalLM(model, memory_of(model, "gpt2", "att"), 0.6)
+    knn = KNNLMForCausalLM(model, memory, 0.6)
     assert "_compiled_call" not in vars(knn)
-    assert not torch.allclose(knn(IDS).logits, model(IDS).logits.log_softmax(-1), atol=0.1)
+    assert torch.equal(knn(IDS).logits, expected)
 
 
 def test_state_dict_round_trip_and_to() -> None:

@@ -1,4 +1,4 @@
-"""What can be wrapped, and whether a memory fits it."""
+"""What can be wrapped, whether a memory fits it, and whether it was changed since."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from knnlm_hf import identity
 from knnlm_hf.capture import CapturePoint, find
 from knnlm_hf.errors import KNNLMError
 
@@ -74,3 +75,23 @@ def after_slicing(model: PreTrainedModel, point: CapturePoint) -> bool:
     """Whether `logits_to_keep` has done its work before the states reach `point`."""
     head = find(model, "final").path
     return point.path == head or point.path.startswith(f"{head}.")
+
+
+def weights_now(model: PreTrainedModel) -> dict[str, Any]:
+    """A sample of the weights, for `was_changed` to compare with later."""
+    return {"dtype": model.dtype, "weights": identity.describe(model)["weights"]}
+
+
+def was_changed(model: PreTrainedModel, before: dict[str, Any]) -> bool:
+    """Whether a weight was trained or set, which a reference to the original would lose.
+
+    torch counts updates in place (fused optimizers do not), from_pretrained leaves the count at 0,
+    and casts and moves do not add to it; the sample tells the rest. In the same dtype it must be
+    equal exactly, in another one up to rounding.
+    """
+    if any(p._version > 0 for p in model.parameters() if not p.is_inference()):
+        return True
+    now, then = weights_now(model), before["weights"]
+    if now["dtype"] != before["dtype"]:
+        return bool(identity.differences({"config": {}, "weights": then, "tokenizer": None}, model))
+    return any(now["weights"][name] != then[name] for name in then.keys() & now["weights"].keys())

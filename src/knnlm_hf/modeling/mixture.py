@@ -40,6 +40,8 @@ class Retrieval:
     """A forward that somebody had put on the model object itself; it is used as the model's."""
     loss_type: str | None
     """The model's, put back by `unwrap`."""
+    weights: dict[str, Any]
+    """A sample of the model's weights when it was first wrapped."""
 
 
 def as_it_is(function: F) -> F:

@@ -19,6 +19,7 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import PersistenceError
 from knnlm_hf.memory import KNNMemory
 from knnlm_hf.modeling.config import CODE, CODE_FILE, KNNLMConfig
+from knnlm_hf.modeling.fit import was_changed
 from knnlm_hf.persistence import hub_origin, is_hub_id, knn_model_card, local_folder
 
 BASE, MEMORY = "base", "memory"
@@ -44,14 +45,15 @@ def save(
     settings, store = _settings(memory), memory.store
     base_id, revision = base_reference(base)
     inside = base_id is not None and Path(base_id) == (target / BASE).resolve()
-    write_base = base_id is None if save_base is None else save_base
-    if write_base:
-        base.save_pretrained(folder / BASE, **base_options)
-    elif any(".lora_" in name or ".base_layer." in name for name, _ in base.named_parameters()):
+    if save_base is None:
+        save_base = base_id is None or was_changed(base, knn.weights_when_wrapped)
+    if any(".lora_" in name or ".base_layer." in name for name, _ in base.named_parameters()):
         raise PersistenceError(
-            f"the model carries adapters, which a reference to {base_id} would lose: merge them "
-            "(merge_and_unload) and pass save_base=True"
+            "the model carries adapters, which its folder would not hold: merge them into it first "
+            "(merge_and_unload), or save them apart"
         )
+    if save_base:
+        base.save_pretrained(folder / BASE, **base_options)
     store_is_here = store.path.resolve() == (target / MEMORY).resolve()
     if save_memory and not store_is_here:
         ignored = shutil.ignore_patterns(".lock", "*.tmp")
@@ -60,8 +62,8 @@ def save(
     if store_ref is None:
         store_ref = str(store.path.resolve())
     config = KNNLMConfig(
-        base_model_name_or_path=None if write_base or inside else base_id,
-        base_revision=None if write_base or inside else revision,
+        base_model_name_or_path=None if save_base or inside else base_id,
+        base_revision=None if save_base or inside else revision,
         lmbda=knn.lmbda,
         layer=knn.capture_point.layer,
         memory_settings=settings,

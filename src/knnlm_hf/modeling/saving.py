@@ -32,7 +32,8 @@ class Saving:
 
         Args:
             save_directory: folder; its files of the same names are replaced.
-            save_base: put the base's weights into the folder too; default: if it has no id or path.
+            save_base: put the base's weights into the folder too; default: if it has no id or path,
+                or was trained since it was loaded.
             save_memory: put a copy of the datastore into the folder too.
             store_id: Hub dataset id to refer to the datastore by.
             tokenizer: saved along; default: the one kept with the datastore.
@@ -81,8 +82,9 @@ class Saving:
         if save_memory is None:
             store = getattr(model.memory, "store", None)
             save_memory = store_id is None and hub_origin(getattr(store, "path", Path()))[0] is None
-        if save_base is None:  # a path on this machine says nothing to others
-            save_base = Path(parts.base_reference(model.unwrap())[0] or "/").is_absolute()
+        # A path on this machine says nothing to others.
+        if save_base is None and Path(parts.base_reference(model.unwrap())[0] or "/").is_absolute():
+            save_base = True
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(
                 folder, save_base=save_base, save_memory=save_memory, store_id=store_id,

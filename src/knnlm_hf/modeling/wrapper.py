@@ -34,7 +34,7 @@ from knnlm_hf.memory.base import as_memory
 from knnlm_hf.modeling.clone import rebind, shallow_clone
 from knnlm_hf.modeling.config import KNNLMConfig
 from knnlm_hf.modeling.explain import Explanation, explain
-from knnlm_hf.modeling.fit import after_slicing, base_of, check_fit
+from knnlm_hf.modeling.fit import after_slicing, base_of, check_fit, weights_now
 from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
 from knnlm_hf.modeling.saving import Saving
 from knnlm_hf.types import check_lmbda
@@ -95,6 +95,7 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
             tuple(inspect.signature(type(base).forward).parameters)[1:],
             _take_own_forward(knn),
             getattr(base, "loss_type", None),
+            model._own.weights if isinstance(model, KNNLMForCausalLM) else weights_now(base),
         )
         knn.__dict__["loss_type"] = "ForCausalLM"  # GPT2LMHeadModel and others do not say it
         if "generation_config" in knn.__dict__:
@@ -139,6 +140,11 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
     def capture_point(self) -> CapturePoint:
         """Where in the model the memory's states are read."""
         return self._own.point
+
+    @property
+    def weights_when_wrapped(self) -> dict[str, Any]:
+        """A sample of the model's weights, by which saving knows whether it was trained since."""
+        return self._own.weights
 
     @contextmanager
     def disable_retrieval(self) -> Iterator[None]:
@@ -198,14 +204,22 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         """Pickles the model as its own class; the memory pickles itself, or says why not."""
         return _rebuild, (_mixin(type(self)), self.unwrap(), *self._settings())
 
-    def _settings(self) -> tuple[Any, float, str]:
-        return self._own.memory, self._own.lmbda, self._own.point.layer
+    def _settings(self) -> tuple[Any, float, str, dict[str, Any]]:
+        own = self._own
+        return own.memory, own.lmbda, own.point.layer, own.weights
 
 
 def _rebuild(
-    mixin: type[KNNLMForCausalLM], base: Any, memory: Any, lmbda: float, layer: str
+    mixin: type[KNNLMForCausalLM],
+    base: Any,
+    memory: Any,
+    lmbda: float,
+    layer: str,
+    weights: dict[str, Any],
 ) -> KNNLMForCausalLM:
-    return mixin(base, memory, lmbda, layer=layer, allow_mismatch=True)
+    knn = mixin(base, memory, lmbda, layer=layer, allow_mismatch=True)
+    knn._own.weights = weights
+    return knn
 
 
 def _mixin(cls: type[KNNLMForCausalLM]) -> type[KNNLMForCausalLM]:
