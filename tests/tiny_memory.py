@@ -18,6 +18,7 @@ class TinyMemory:
         self.asked: list[tuple[int, ...]] = []
 
     def log_probs(self, hidden: Tensor) -> Tensor:
+        assert not torch.compiler.is_compiling(), "search must not be traced"
         self.asked.append(tuple(hidden.shape))
         queries_QD = hidden.detach().reshape(-1, hidden.shape[-1]).float()
         similarity_QN = -(queries_QD[:, None] - self.keys).square().sum(dim=-1)
