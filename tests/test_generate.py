@@ -346,6 +346,7 @@ def test_compiled_equals_eager(off_first: bool) -> None:
     torch.testing.assert_close(compiled(IDS, labels=IDS).loss, eager.loss)
     made = compiled.generate(IDS, attention_mask=mask(IDS), **FIXED)
     assert torch.equal(made, greedy(knn, IDS))
+    assert not knn.memory.traced
 
 
 @torch.no_grad()
@@ -357,3 +358,4 @@ def test_compiled_by_inductor() -> None:
     torch.testing.assert_close(compiled(IDS).logits, knn(IDS).logits, rtol=0, atol=1e-4)
     lm = model(IDS).logits.log_softmax(dim=-1)
     assert (compiled(IDS).logits - lm).abs().max() > 0.5
+    assert not knn.memory.traced
