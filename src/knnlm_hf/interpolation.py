@@ -58,16 +58,19 @@ def knn_log_probs(
     """
     log_weights_QK = knn_weights(similarity_QK, temperature)
     # A missing hit is given token 0 with weight exp(−inf) = 0, so that it can be scattered.
-    tokens_QK = torch.where(log_weights_QK == -_INF, 0, tokens_QK).long()
+    is_missing_QK = log_weights_QK == -_INF
+    tokens_QK = tokens_QK.long().masked_fill(is_missing_QK, 0)
     shape = (similarity_QK.shape[0], vocab_size)
-    # The log-sum-exp of each token's weights is taken relative to their maximum.
-    peak_QV = torch.full(shape, -_INF, device=similarity_QK.device)
-    peak_QV.scatter_reduce_(1, tokens_QK, log_weights_QK, "amax")
-    peak_QK = peak_QV.gather(1, tokens_QK)
-    relative_QK = torch.where(peak_QK == -_INF, -_INF, log_weights_QK - peak_QK)
+    # The log-sum-exp of each token's weights is taken relative to their maximum. Only what the
+    # neighbours carry is computed: V is much larger than K.
+    result_QV = torch.full(shape, -_INF, device=similarity_QK.device)
+    result_QV.scatter_reduce_(1, tokens_QK, log_weights_QK, "amax")
+    peak_QK = result_QV.gather(1, tokens_QK)
+    relative_QK = (log_weights_QK - peak_QK).masked_fill_(is_missing_QK, -_INF)
     total_QV = torch.zeros(shape, device=similarity_QK.device)
-    total_QV.scatter_add_(1, tokens_QK, relative_QK.exp())
-    return torch.where(total_QV > 0, peak_QV + total_QV.log(), -_INF)
+    total_QV.scatter_add_(1, tokens_QK, relative_QK.exp_())
+    # Neighbours of one token all write the same sum; −inf + log 0 is −inf.
+    return result_QV.scatter_(1, tokens_QK, peak_QK + total_QV.gather(1, tokens_QK).log_())
 
 
 def token_knn_log_probs(similarity_QK: Tensor, is_target_QK: Tensor, temperature: float) -> Tensor:

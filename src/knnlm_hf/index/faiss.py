@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
@@ -102,10 +103,9 @@ class FaissIndex(SearchIndex):
         self._ivf.nprobe = int(lists)
 
     def _search(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        similarity_Qk, ids_Qk = missing(queries_QD.shape[0], k, queries_QD.device)
         found = min(k, len(self))
         if found == 0:
-            return similarity_Qk, ids_Qk
+            return missing(queries_QD.shape[0], k, queries_QD.device)
         # FAISS has its own OpenMP: the setting is per thread, so it is made at every search.
         self._set_threads(torch.get_num_threads())
         if self._hnsw is not None and self._hnsw.efSearch < found:
@@ -121,9 +121,11 @@ class FaissIndex(SearchIndex):
             order_QK = _nearest_first(similarity_QK)
             similarity_QK = similarity_QK.gather(1, order_QK)
             ids_QK = ids_QK.to(order_QK.device).gather(1, order_QK)
-        similarity_Qk[:, :found] = similarity_QK
-        ids_Qk[:, :found] = ids_QK
-        return similarity_Qk, ids_Qk
+        similarity_QK, ids_QK = similarity_QK.to(queries_QD.device), ids_QK.to(queries_QD.device)
+        if found < k:
+            similarity_QK = pad(similarity_QK, (0, k - found), value=-torch.inf)
+            ids_QK = pad(ids_QK, (0, k - found), value=-1)
+        return similarity_QK, ids_QK
 
 
 def _nearest_first(similarity_QK: Tensor) -> Tensor:

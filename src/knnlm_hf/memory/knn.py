@@ -243,8 +243,9 @@ class KNNMemory:
     def _tokens(self, ids_QK: Tensor) -> Tensor:
         """The values of the entries `ids_QK`; −1 for a missing hit, never the last entry's."""
         on_host_QK = ids_QK.to("cpu")
-        tokens_QK = self.store.values[on_host_QK.clamp(min=0)].long()
-        return torch.where(on_host_QK < 0, -1, tokens_QK).to(ids_QK.device)
+        known_n = on_host_QK.clamp(min=0).reshape(-1)
+        tokens_QK = self.store.values.index_select(0, known_n).long().view_as(on_host_QK)
+        return tokens_QK.masked_fill_(on_host_QK < 0, -1).to(ids_QK.device)
 
     def _temperature_from_data(self) -> float:
         info = self.index.info
