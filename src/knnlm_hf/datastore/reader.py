@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from knnlm_hf import identity
 from knnlm_hf.datastore import manifest as manifests
 from knnlm_hf.datastore.manifest import DATA_START, DTYPES, Manifest, Shard
+from knnlm_hf.datastore.mapping import Region, joined
 from knnlm_hf.datastore.rows import Rows
 from knnlm_hf.datastore.writer import file_sha256, shard_header
 from knnlm_hf.errors import DatastoreError, ModelMismatchError
@@ -33,7 +34,7 @@ class DatastoreReader:
         self.path = path
         self.manifest = manifest
         check_shards(path, manifest)
-        self.keys = Rows([self._map_keys(shard) for shard in manifest.shards])
+        self.keys = self._rows()
 
     @classmethod
     def open(
@@ -254,6 +255,17 @@ class DatastoreReader:
         mapped = np.memmap(self.path / shard.file, dtype, "c", offset, (count,))
         found: npt.NDArray[Any] = mapped.view(np.ndarray)
         return found if offset % found.itemsize == 0 else found.copy()
+
+    def _rows(self) -> Rows:
+        """The keys of all shards, as one mapped array where the system can."""
+        regions = [
+            Region(self.path / s.file, DATA_START, s.rows * self.manifest.row_bytes)
+            for s in self.manifest.shards
+        ]
+        flat = joined(regions, _NUMPY[self.manifest.dtype]) if len(regions) > 1 else None
+        if flat is None:
+            return Rows([self._map_keys(shard) for shard in self.manifest.shards])
+        return Rows([torch.from_numpy(flat).view(self.dtype).view(len(self), self.dim)])
 
     def _map_keys(self, shard: Shard) -> Tensor:
         flat = self._map(shard, _NUMPY[self.manifest.dtype], 0, shard.rows * self.dim)

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knnlm_hf.datastore.mapping import prefetch
+
 
 class Rows:
     """(N, D) rows that lie in several tensors; all but the last have the same number of rows."""
@@ -68,6 +70,12 @@ class Rows:
             for block in torch.split(part, size):
                 yield first, block
                 first += block.shape[0]
+
+    def prefetch(self) -> None:
+        """Bring the rows into memory now, if they lie in files: for random access to follow."""
+        for part in self._parts:
+            if part.device.type == "cpu":
+                prefetch(part.view(torch.uint8).numpy())
 
     def _row(self, i: int) -> Tensor:
         if not -self._count <= i < self._count:

@@ -3,7 +3,7 @@
 Importing this package does not import faiss.
 """
 
-from knnlm_hf.index.auto import choose
+from knnlm_hf.index.auto import available_memory, choose
 from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex, rescore
 from knnlm_hf.index.faiss import FaissIndex
@@ -16,6 +16,7 @@ __all__ = [
     "FaissIndex",
     "IndexInfo",
     "SearchIndex",
+    "available_memory",
     "build_index",
     "built_indexes",
     "choose",

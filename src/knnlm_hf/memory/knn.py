@@ -11,7 +11,14 @@ from torch import Tensor
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SearchIndexError, SettingError
-from knnlm_hf.index import ExactIndex, SearchIndex, open_index, rescore, wrap_index
+from knnlm_hf.index import (
+    ExactIndex,
+    SearchIndex,
+    available_memory,
+    open_index,
+    rescore,
+    wrap_index,
+)
 from knnlm_hf.interpolation import default_temperature, knn_log_probs, token_knn_log_probs
 from knnlm_hf.types import Metric, Neighbors, check_k, check_metric, check_temperature
 
@@ -64,6 +71,8 @@ class KNNMemory:
         self.rescore = rescore
         self.index_name = index if isinstance(index, str) else _CUSTOM
         self.index = self._find_index(index)
+        if self.rescore or self.index.scores_are_exact:
+            self._prefetch_keys()
         self._temperature = temperature
 
     def __repr__(self) -> str:
@@ -239,6 +248,12 @@ class KNNMemory:
                 self.store.path, self.metric, len(self.store), self.metric,
             )  # fmt: skip
         return ExactIndex(self.store.keys, self.metric)
+
+    def _prefetch_keys(self) -> None:
+        """Bring the keys into memory where they fit: rescoring reads them in random order."""
+        size = len(self.store) * self.store.dim * self.store.dtype.itemsize
+        if size < available_memory() / 2:
+            self.store.keys.prefetch()
 
     def _tokens(self, ids_QK: Tensor) -> Tensor:
         """The values of the entries `ids_QK`; −1 for a missing hit, never the last entry's."""
