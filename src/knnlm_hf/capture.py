@@ -12,7 +12,7 @@ Shape suffixes: B batch, T position, D hidden dimension.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -63,9 +63,15 @@ class CapturePoint:
 class Collector:
     """What a `capturing` block has heard so far."""
 
-    def __init__(self, point: CapturePoint, stop: bool = False) -> None:
+    def __init__(
+        self,
+        point: CapturePoint,
+        stop: bool = False,
+        then: Callable[[Collector], None] | None = None,
+    ) -> None:
         self.point = point
         self.stop = stop
+        self.then = then
         self.raw: Tensor | None = None
         """The last tensor that passed, as the module saw it; None if the layer was not reached."""
 
@@ -107,6 +113,8 @@ class _Hook:
         here = [c for c in _active.get() if (c.point.path, c.point.side) == place]
         for collector in here:
             collector.raw = _first_tensor(values, collector.point)
+            if collector.then is not None:
+                collector.then(collector)
         if any(collector.stop for collector in here):
             raise _Stop
 
@@ -244,12 +252,21 @@ def _name(model: nn.Module) -> str:
 
 
 @contextmanager
-def capturing(point: CapturePoint, *, _stop: bool = False) -> Iterator[Collector]:
+def capturing(
+    point: CapturePoint,
+    *,
+    then: Callable[[Collector], None] | None = None,
+    _stop: bool = False,
+) -> Iterator[Collector]:
     """Collect what passes at `point` while the block is open, in this thread or context only.
 
     Blocks nest: each hears its own point.
+
+    Args:
+        point: from `find`.
+        then: called with the collector each time something passed, before the model goes on.
     """
-    collector = Collector(point, _stop)
+    collector = Collector(point, _stop, then)
     token = _active.set((*_active.get(), collector))
     try:
         yield collector

@@ -107,7 +107,8 @@ class FaissIndex(SearchIndex):
         if found == 0:
             return missing(queries_QD.shape[0], k, queries_QD.device)
         # FAISS has its own OpenMP: the setting is per thread, so it is made at every search.
-        self._set_threads(torch.get_num_threads())
+        # One query is not worth waking threads, which then spin while the model wants the cores.
+        self._set_threads(min(torch.get_num_threads(), queries_QD.shape[0]))
         if self._hnsw is not None and self._hnsw.efSearch < found:
             self._hnsw.efSearch = found  # subtle: FAISS stops early at efSearch, whatever k is
         distance_QK, ids_QK = map(

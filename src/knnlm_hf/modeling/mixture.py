@@ -16,6 +16,7 @@ from torch.nn.functional import log_softmax, pad
 from knnlm_hf.capture import CapturePoint, Collector, arm, capturing
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import mix_distributions
+from knnlm_hf.modeling.ahead import Ahead
 
 if TYPE_CHECKING:
     from knnlm_hf.memory.base import Memory
@@ -67,9 +68,10 @@ def mixed_forward(
         mixture's.
     """
     call = _prepare(knn, own, args, kwargs)
-    with capturing(own.point) as heard:
+    ahead = _ahead(own, call)
+    with ahead, capturing(own.point, then=ahead.ask) as heard:
         output = inner(**call.arguments)
-    return _finish(knn, own, call, output, heard)
+    return _finish(knn, own, call, output, heard, ahead)
 
 
 class _Call(NamedTuple):
@@ -97,16 +99,26 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     return _Call(arguments, arguments.pop("labels", None), not return_dict, own.lmbda)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _ahead(own: Retrieval, call: _Call) -> Ahead:
+    def kept(heard: Collector) -> Tensor | None:
+        return None if call.lmbda == 0 else _heard_states(own, call.arguments, heard)
+
+    return Ahead(own.memory, _inputs(call.arguments), kept)
+
+
 # Never compiled, nor what it calls: dynamo crashes in faiss, and inductor miscompiles logaddexp of
 # a log-softmax and a scatter_add (the second term vanishes).
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _finish(knn: Any, own: Retrieval, call: _Call, output: Any, heard: Collector) -> Any:
+def _finish(
+    knn: Any, own: Retrieval, call: _Call, output: Any, heard: Collector, ahead: Ahead
+) -> Any:
     logits = output.logits
     if call.lmbda == 0:
         logits = log_softmax(logits.float(), dim=-1)
     elif heard.raw is not None:  # an assistant that exits early never reaches the layer
         states = _kept_states(own, call.arguments, heard, logits)
-        logits = mixture(logits, states, own.memory, call.lmbda)
+        logits = mixture(logits, states, own.memory, call.lmbda, ahead.answer(heard))
     changed: dict[str, Any] = {"logits": logits}
     if call.labels is not None:
         changed["loss"] = _loss(knn, logits, call.labels, output, call.arguments)
@@ -114,7 +126,9 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any, heard: Collector
     return output.to_tuple() if call.as_tuple else output
 
 
-def mixture(logits: Tensor, states: Tensor, memory: Memory, lmbda: float) -> Tensor:
+def mixture(
+    logits: Tensor, states: Tensor, memory: Memory, lmbda: float, answer: Tensor | None = None
+) -> Tensor:
     """log P(w|c) = log((1−λ) · softmax(logits) + λ · P_memory(w | states)), in float32.
 
     Args:
@@ -122,19 +136,22 @@ def mixture(logits: Tensor, states: Tensor, memory: Memory, lmbda: float) -> Ten
         states: (..., D), the same leading shape.
         memory: its vocabulary may be smaller than V (padded embeddings), not larger.
         lmbda: λ in (0, 1).
+        answer: the memory's log-probabilities for `states`, if they are there already.
     """
     lm = log_softmax(logits.float(), dim=-1)
-    return mix_distributions(lm, memory_log_probs(states, memory, lm), lmbda)
+    return mix_distributions(lm, memory_log_probs(states, memory, lm, answer), lmbda)
 
 
-def memory_log_probs(states: Tensor, memory: Memory, like: Tensor) -> Tensor:
+def memory_log_probs(
+    states: Tensor, memory: Memory, like: Tensor, answer: Tensor | None = None
+) -> Tensor:
     """The memory's answer, on the device and with the vocabulary of `like` (..., V)."""
     if states.shape[-1] != memory.hidden_size:
         raise KNNLMError(
             f"the memory has {memory.hidden_size}-d states (layer {memory.layer!r}), the model "
             f"gives {states.shape[-1]}-d: use the model it was made with, or make it anew"
         )
-    answer = memory.log_probs(states).to(like.device)
+    answer = (memory.log_probs(states) if answer is None else answer).to(like.device)
     missing = like.shape[-1] - answer.shape[-1]
     if missing < 0:
         raise KNNLMError(
@@ -148,14 +165,7 @@ def _kept_states(
     own: Retrieval, arguments: dict[str, Any], heard: Collector, logits: Tensor
 ) -> Tensor:
     """The captured states of exactly those positions that have logits."""
-    if own.sliced:
-        states = heard.raw
-    else:
-        inputs = arguments.get("input_ids")
-        inputs = arguments.get("inputs_embeds") if inputs is None else inputs
-        states = heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)
-        if states is not None and "logits_to_keep" in own.names:
-            states = _slice(states, arguments.get("logits_to_keep", 0))
+    states = _heard_states(own, arguments, heard)
     shape = () if states is None else tuple(states.shape)
     if states is None or shape[:-1] != logits.shape[:-1]:
         raise KNNLMError(
@@ -163,6 +173,23 @@ def _kept_states(
             f"of shape {tuple(logits.shape)}, expected one state per logit: choose another layer"
         )
     return states
+
+
+def _heard_states(own: Retrieval, arguments: dict[str, Any], heard: Collector) -> Tensor | None:
+    """What was heard, sliced as the logits will be."""
+    if own.sliced:
+        return heard.raw
+    inputs = _inputs(arguments)
+    states = heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)
+    if states is not None and "logits_to_keep" in own.names:
+        states = _slice(states, arguments.get("logits_to_keep", 0))
+    return states
+
+
+def _inputs(arguments: dict[str, Any]) -> Any:
+    """The forward's token ids, or its embeddings where it was given those."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
 
 
 def _slice(states_BTD: Tensor, keep: Any) -> Tensor:

@@ -1,0 +1,98 @@
+"""Searching while the model goes on changes nothing but the time."""
+
+import threading
+
+import pytest
+import tiny
+import torch
+
+from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory
+from knnlm_hf.errors import KNNLMError
+from knnlm_hf.modeling import ahead
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ahead") / "store"
+    return Datastore.build(tiny.gpt2(), tiny.corpus(20), path, progress=False)
+
+
+class Watched(KNNMemory):
+    """Records which thread asked."""
+
+    def log_probs(self, hidden):
+        self.__dict__.setdefault("asked_by", []).append(threading.current_thread().name)
+        return super().log_probs(hidden)
+
+
+@pytest.mark.parametrize("layer", ["att", "final"])
+def test_the_answer_is_the_same(tmp_path, layer, monkeypatch):
+    model = tiny.gpt2()
+    store = Datastore.build(model, tiny.corpus(), tmp_path / "s", layer=layer, progress=False)
+    memory = Watched(store, k=8, temperature=5.0)
+    knn = KNNLMForCausalLM(model, memory, lmbda=0.6)
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        early = knn(IDS).logits
+        kept = knn(IDS, logits_to_keep=2).logits
+    tokens = knn.generate(IDS, **options)
+    beams = knn.generate(IDS.repeat(2, 1), num_beams=2, **options)
+    assert all(name.startswith("knnlm-hf-search") for name in memory.asked_by)
+    memory.asked_by.clear()
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(knn(IDS).logits, early)
+        torch.testing.assert_close(knn(IDS, logits_to_keep=2).logits, kept)
+    assert torch.equal(knn.generate(IDS, **options), tokens)
+    assert torch.equal(knn.generate(IDS.repeat(2, 1), num_beams=2, **options), beams)
+    assert set(memory.asked_by) == {threading.current_thread().name}
+
+
+def test_with_gradients_and_many_tokens_it_waits(store):
+    model = tiny.gpt2()
+    memory = Watched(store, k=8)
+    knn = KNNLMForCausalLM(model, memory)
+    knn(IDS, labels=IDS).loss.backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad is not None
+    with torch.no_grad():
+        knn(IDS.repeat(1, 6))
+    assert set(memory.asked_by) == {threading.current_thread().name}
+
+
+def test_threads_are_given_back(store):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        knn = KNNLMForCausalLM(tiny.gpt2(), KNNMemory(store))
+        with torch.no_grad():
+            knn(IDS)
+        assert torch.get_num_threads() == 3
+        begun_later = []
+        thread = threading.Thread(target=lambda: begun_later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert begun_later == [3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_an_error_of_the_memory_reaches_the_caller(store):
+    class Broken(KNNMemory):
+        def log_probs(self, hidden):
+            raise KNNLMError("out of order")
+
+    knn = KNNLMForCausalLM(tiny.gpt2(), Broken(store))
+    before = torch.get_num_threads()
+    with torch.no_grad(), pytest.raises(KNNLMError, match="out of order"):
+        knn(IDS)
+    assert torch.get_num_threads() == before
+
+
+def test_lambda_zero_asks_nothing(store):
+    memory = Watched(store)
+    knn = KNNLMForCausalLM(tiny.gpt2(), memory, lmbda=0.0)
+    with torch.no_grad():
+        knn(IDS)
+    assert "asked_by" not in memory.__dict__
