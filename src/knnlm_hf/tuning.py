@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _NEGLIGIBLE_LMBDA = 0.01
 _LARGEST_LMBDA = 0.999
 _SQUARINGS = 4
-_BLOCK = 1 << 18  # similarities in a block: 1 MB, so that a block stays in cache for all t
+_BLOCK = 1 << 19  # similarities in a block: 2 MB, so that a block stays in cache for all t
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,10 +188,11 @@ def _knn_probabilities(scores: TokenScores, ks: list[int], temperatures: list[fl
         similarity_nK = scores.similarity[block, : ks[-1]]
         relative_nK = similarity_nK - similarity_nK[:, :1]  # NaN throughout where there is no hit
         hits = _Hits(relative_nK, scores.is_target[block, : ks[-1]], ks)
+        total_TKn = torch.empty(len(temperatures), len(ks), len(relative_nK))
         for i, weights_nK in _weights(relative_nK, temperatures):
-            edges = zip([0, *ks], ks, strict=False)
-            total_nK = torch.stack([weights_nK[:, a:b].sum(1) for a, b in edges], 1).cumsum(1)
-            result_TKN[i, :, block] = (hits.weight(temperatures[i]) / total_nK).T
+            for j, (first, last) in enumerate(zip([0, *ks], ks, strict=False)):
+                torch.sum(weights_nK[:, first:last], 1, out=total_TKn[i, j])
+        result_TKN[:, :, block] = hits.weights(temperatures) / total_TKn.cumsum(1)
     return result_TKN
 
 
@@ -227,19 +228,21 @@ class _Hits:
     def __init__(self, relative_nK: Tensor, is_target_nK: Tensor, ks: list[int]) -> None:
         row_H, column_H = is_target_nK.nonzero(as_tuple=True)
         self.relative_H = relative_nK[row_H, column_H].numpy()
-        self.shape = (relative_nK.shape[0], len(ks))
+        self.shape = (len(ks), relative_nK.shape[0])
         # Neighbours are sorted: a query's hits under each k are a running sum over segments.
         segment_H = torch.bucketize(column_H, torch.tensor(ks), right=True)
-        slots, starts = np.unique((row_H * len(ks) + segment_H).numpy(), return_index=True)
-        self.slots, self.starts = slots, starts
+        runs, self.starts = np.unique((row_H * len(ks) + segment_H).numpy(), return_index=True)
+        self.rows, self.segments = np.divmod(runs, len(ks))
 
-    def weight(self, temperature: float) -> Tensor:
-        """(n, len(ks)) summed weight of the hits among the first k neighbours."""
-        carried = np.zeros(self.shape, dtype=np.float32)
-        if len(self.slots):
-            weights_H = np.exp(self.relative_H * np.float32(1 / temperature))
-            carried.reshape(-1)[self.slots] = np.add.reduceat(weights_H, self.starts)
-        return torch.from_numpy(carried.cumsum(1, dtype=np.float32))
+    def weights(self, temperatures: list[float]) -> Tensor:
+        """(T, len(ks), n) summed weight of the hits among the first k neighbours."""
+        carried_TKn = np.zeros((len(temperatures), *self.shape), dtype=np.float32)
+        if len(self.starts):
+            inverse_T1 = np.float32(1) / np.asarray(temperatures, dtype=np.float32)[:, None]
+            weights_TH = np.exp(self.relative_H * inverse_T1)
+            sums = np.add.reduceat(weights_TH, self.starts, axis=1)
+            carried_TKn[:, self.segments, self.rows] = sums
+        return torch.from_numpy(carried_TKn.cumsum(1, dtype=np.float32))
 
 
 def _best_lmbda(ratio_RN: Tensor, lmbdas: list[float] | None) -> tuple[list[float], list[float]]:
