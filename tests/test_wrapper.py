@@ -185,6 +185,14 @@ def test_layer_can_be_named_otherwise() -> None:
     assert named.capture_point.path == "transformer.h.1.mlp"
 
 
+def test_another_layer_than_the_memory_s_is_refused() -> None:
+    model, knn = pair()
+    with pytest.raises(ModelMismatchError, match="layer 'att', asked to read 'ffn'"):
+        KNNLMForCausalLM(model, knn.memory, 0.6, layer="ffn")
+    knowingly = KNNLMForCausalLM(model, knn.memory, 0.6, layer="ffn", allow_mismatch=True)
+    assert knowingly.capture_point.path == "transformer.h.1"
+
+
 # --- refusals -------------------------------------------------------------------------------
 
 

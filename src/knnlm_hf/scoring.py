@@ -228,7 +228,8 @@ class _Scorer:
         self.lmbda, self.point = 0.0, None
         if isinstance(model, KNNLMForCausalLM):
             self.memory, self.lmbda = model.memory, model.lmbda
-            self.point = capture.find(model, self.memory.layer)
+            self.point = model.capture_point
+            capture.arm(model, self.point)
         if exclude_self and self.memory is None:
             raise KNNLMError("exclude_self needs a model with a datastore, found none")
         self.next_entry = 0 if exclude_self else None

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from knnlm_hf import identity
 from knnlm_hf.capture import CapturePoint, find
-from knnlm_hf.errors import KNNLMError
+from knnlm_hf.errors import KNNLMError, ModelMismatchError
 
 if TYPE_CHECKING:
     from knnlm_hf.memory.base import Memory
@@ -47,6 +47,13 @@ def check_fit(
 ) -> CapturePoint:
     """Return where to capture, after checking that `memory` fits `model`."""
     point = find(model, layer)
+    if layer != memory.layer and not allow_mismatch:
+        theirs = find(model, memory.layer)
+        if (theirs.path, theirs.side) != (point.path, point.side):
+            raise ModelMismatchError(
+                f"the memory holds states of layer {memory.layer!r}, asked to read {layer!r}: leave "
+                "layer out, make the memory anew, or pass allow_mismatch=True"
+            )
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weight = getattr(head, "weight", None)
     config = model.config.get_text_config(decoder=True)

@@ -59,7 +59,8 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
             weights with the wrapper, and stays usable as it was. A wrapper is wrapped anew.
         memory: a memory, a `Datastore`, or the path or Hub id of a datastore.
         lmbda: λ in [0, 1), the memory's share. Can be set later: `knn.lmbda = 0.3`.
-        layer: where the memory's states are captured, if not at `memory.layer`.
+        layer: another name of the place of `memory.layer` in this model; a different place only
+            with `allow_mismatch`.
         allow_mismatch: use a memory that was made with another model, knowingly.
 
     `forward` takes what the model's takes. `logits` are log P(w|c) in float32; `loss` is the
@@ -69,7 +70,7 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         KNNLMError: no causal language model, another hidden size, a larger vocabulary, λ out of
             range.
         CaptureError: the model has no such layer.
-        ModelMismatchError: the memory was made with another model.
+        ModelMismatchError: the memory was made with another model, or for another layer.
     """
 
     def __new__(
