@@ -20,7 +20,7 @@ _SPARE = 32
 """Candidates kept beyond k, so that rounding in the matrix product cannot lose a neighbour."""
 _CENTRE_SAMPLE = 4096
 _NO_ID = torch.iinfo(torch.int64).max
-_GATHER_BYTES = 1 << 22
+_GATHER_BYTES = 1 << 23
 """Float32 rows gathered at a time when rescoring: they should stay in the cache."""
 
 
@@ -170,12 +170,16 @@ def rescore(queries_QD: Tensor, ids_QK: Tensor, keys: KeyRows, metric: Metric) -
     queries_Q1D = queries_QD.float()[:, None]
     known_QK = ids_QK.clamp(min=0).cpu()
     chunk = max(1, _GATHER_BYTES // (4 * hits * keys.dim))
+    # One buffer for all chunks: fresh memory would cost more than the arithmetic.
+    buffer_QKD = torch.empty(min(chunk, rows), hits, keys.dim, device=device)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        # An indexed copy, so it is ours to work in, without further (Q, K, D) temporaries.
-        keys_QKD = keys[known_QK[part]].to(device, torch.float32)
+        keys_QKD = buffer_QKD[: len(known_QK[part])].copy_(keys[known_QK[part]])
         if metric == "l2":
-            similarity_QK[part] = keys_QKD.sub_(queries_Q1D[part]).square_().sum(dim=2).neg_()
+            keys_QKD.sub_(queries_Q1D[part]).square_()
         else:
-            similarity_QK[part] = keys_QKD.mul_(queries_Q1D[part]).sum(dim=2)
+            keys_QKD.mul_(queries_Q1D[part])
+        torch.sum(keys_QKD, 2, out=similarity_QK[part])
+    if metric == "l2":
+        similarity_QK.neg_()
     return similarity_QK.masked_fill_(ids_QK < 0, -torch.inf)

@@ -51,8 +51,8 @@ def check_fit(
         theirs = find(model, memory.layer)
         if (theirs.path, theirs.side) != (point.path, point.side):
             raise ModelMismatchError(
-                f"the memory holds states of layer {memory.layer!r}, asked to read {layer!r}: leave "
-                "layer out, make the memory anew, or pass allow_mismatch=True"
+                f"the memory holds states of layer {memory.layer!r}, asked to read {layer!r}: "
+                "leave layer out, make the memory anew, or pass allow_mismatch=True"
             )
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weight = getattr(head, "weight", None)
