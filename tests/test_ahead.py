@@ -39,7 +39,7 @@ def test_the_answer_is_the_same(tmp_path, layer, monkeypatch):
         kept = knn(IDS, logits_to_keep=2).logits
     tokens = knn.generate(IDS, **options)
     beams = knn.generate(IDS.repeat(2, 1), num_beams=2, **options)
-    assert all(name.startswith("knnlm-hf-search") for name in memory.asked_by)
+    assert all(name.startswith("knnlm-hf") for name in memory.asked_by)
     memory.asked_by.clear()
     monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
     with torch.no_grad():

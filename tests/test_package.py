@@ -13,8 +13,8 @@ SOURCE = Path(knnlm_hf.__file__).parent
 
 # From the ground up. A room may import those before it, and itself; nothing above.
 ROOMS = [
-    "errors", "types", "interpolation", "progress", "persistence", "windows", "texts", "corpus",
-    "capture", "identity", "datastore", "index", "memory", "modeling", "build", "scores",
+    "errors", "types", "interpolation", "progress", "parallel", "persistence", "windows", "texts",
+    "corpus", "capture", "identity", "datastore", "index", "memory", "modeling", "build", "scores",
     "scoring", "tuning", "sources", "demo", "cli",
 ]  # fmt: skip
 

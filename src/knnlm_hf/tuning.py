@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.parallel import over_blocks
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.scoring import score
 from knnlm_hf.types import check_k, check_lmbda, check_temperature
@@ -182,21 +183,23 @@ def _knn_probabilities(scores: TokenScores, ks: list[int], temperatures: list[fl
     assert scores.similarity is not None
     assert scores.is_target is not None
     result_TKN = torch.empty(len(temperatures), len(ks), len(scores))
-    rows = max(1, _BLOCK // ks[-1])
-    for start in range(0, len(scores), rows):
-        block = slice(start, start + rows)
-        similarity_nK = scores.similarity[block, : ks[-1]]
+    all_similarity_NK, all_is_target_NK = scores.similarity, scores.is_target
+
+    def work(block: slice) -> None:
+        similarity_nK = all_similarity_NK[block, : ks[-1]]
         relative_nK = similarity_nK - similarity_nK[:, :1]  # NaN throughout where there is no hit
-        hits = _Hits(relative_nK, scores.is_target[block, : ks[-1]], ks)
+        hits = _Hits(relative_nK, all_is_target_NK[block, : ks[-1]], ks)
         total_TKn = torch.empty(len(temperatures), len(ks), len(relative_nK))
         for i, weights_nK in _weights(relative_nK, temperatures):
             for j, (first, last) in enumerate(zip([0, *ks], ks, strict=False)):
                 torch.sum(weights_nK[:, first:last], 1, out=total_TKn[i, j])
         result_TKN[:, :, block] = hits.weights(temperatures) / total_TKn.cumsum(1)
+
+    over_blocks(work, len(scores), max(1, _BLOCK // ks[-1]))
     return result_TKN
 
 
-def _weights(relative_nK: Tensor, temperatures: list[float]) -> Iterator[tuple[int, Tensor]]:
+def _weights(relative: Tensor, temperatures: list[float]) -> Iterator[tuple[int, Tensor]]:
     """Yield (i, exp(relative / temperatures[i])) from the hottest to the coldest.
 
     subtle: halving t squares the weights, four times cheaper than an exponential; a grid of
@@ -212,14 +215,14 @@ def _weights(relative_nK: Tensor, temperatures: list[float]) -> Iterator[tuple[i
         )  # fmt: skip
         n = next(hotter, None)
         if n is None:
-            weights_nK, depth = torch.mul(relative_nK, 1 / t).exp_(), 0
+            weights, depth = torch.mul(relative, 1 / t).exp_(), 0
         else:
-            _, depth, weights_nK = chains.pop(n)
-            weights_nK.square_()
+            _, depth, weights = chains.pop(n)
+            weights.square_()
             depth += 1
         chains = [chain for chain in chains if chain[0] <= 2 * t * (1 + 1e-9)]
-        chains.append((t, depth, weights_nK))
-        yield i, weights_nK
+        chains.append((t, depth, weights))
+        yield i, weights
 
 
 class _Hits:
@@ -227,7 +230,7 @@ class _Hits:
 
     def __init__(self, relative_nK: Tensor, is_target_nK: Tensor, ks: list[int]) -> None:
         row_H, column_H = is_target_nK.nonzero(as_tuple=True)
-        self.relative_H = relative_nK[row_H, column_H].numpy()
+        self.relative_H = relative_nK[row_H, column_H]
         self.shape = (len(ks), relative_nK.shape[0])
         # Neighbours are sorted: a query's hits under each k are a running sum over segments.
         segment_H = torch.bucketize(column_H, torch.tensor(ks), right=True)
@@ -237,11 +240,10 @@ class _Hits:
     def weights(self, temperatures: list[float]) -> Tensor:
         """(T, len(ks), n) summed weight of the hits among the first k neighbours."""
         carried_TKn = np.zeros((len(temperatures), *self.shape), dtype=np.float32)
-        if len(self.starts):
-            inverse_T1 = np.float32(1) / np.asarray(temperatures, dtype=np.float32)[:, None]
-            weights_TH = np.exp(self.relative_H * inverse_T1)
-            sums = np.add.reduceat(weights_TH, self.starts, axis=1)
-            carried_TKn[:, self.segments, self.rows] = sums
+        for i, weights_H in _weights(self.relative_H, temperatures):
+            if len(self.starts):
+                sums = np.add.reduceat(weights_H.numpy(), self.starts)
+                carried_TKn[i, self.segments, self.rows] = sums
         return torch.from_numpy(carried_TKn.cumsum(1, dtype=np.float32))
 
 

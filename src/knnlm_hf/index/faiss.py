@@ -22,14 +22,16 @@ from torch.nn.functional import pad
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
+from knnlm_hf.parallel import over_blocks
 from knnlm_hf.types import KeyRows, Metric
 
 REFINE_KEYS = "Refine(keys)"
+_SORTED_ROWS = 64
 _ADD_BLOCK = 1 << 16
 _TRAIN_PER_LIST = 256
 _TRAIN_LEAST = 1 << 16
 _TRAIN_BYTES = 2 << 30
-_MIN_LISTS_VISITED = 16
+_MIN_LISTS_VISITED = 8
 _MIN_ENTRIES_VISITED = 20_000
 
 
@@ -133,7 +135,13 @@ def _nearest_first(similarity_QK: Tensor) -> Tensor:
     """The order of each row; on the CPU by numpy, whose vectorised sort is thrice torch's."""
     if similarity_QK.device.type != "cpu":
         return similarity_QK.argsort(dim=1, descending=True)
-    return torch.from_numpy(np.argsort(-similarity_QK.numpy(), axis=1))
+    order_QK = np.empty(similarity_QK.shape, dtype=np.int64)
+
+    def work(part: slice) -> None:
+        order_QK[part] = np.argsort(-similarity_QK[part].numpy(), axis=1)
+
+    over_blocks(work, len(order_QK), _SORTED_ROWS)
+    return torch.from_numpy(order_QK)
 
 
 def _hnsw_of(index: Any) -> Any:
@@ -217,7 +225,7 @@ def fill(
 
 
 def default_nprobe(lists: int, entries: int) -> int:
-    """Lists to visit: 16, or as many as hold 20,000 entries, so that k=1024 has a choice."""
+    """Lists to visit: 8, or as many as hold 20,000 entries, so that k=1024 has a choice."""
     enough = -(-_MIN_ENTRIES_VISITED * lists // max(entries, 1))
     return min(lists, max(_MIN_LISTS_VISITED, enough))
 

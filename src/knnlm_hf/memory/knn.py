@@ -258,9 +258,13 @@ class KNNMemory:
     def _tokens(self, ids_QK: Tensor) -> Tensor:
         """The values of the entries `ids_QK`; −1 for a missing hit, never the last entry's."""
         on_host_QK = ids_QK.to("cpu")
-        known_n = on_host_QK.clamp(min=0).reshape(-1)
-        tokens_QK = self.store.values.index_select(0, known_n).long().view_as(on_host_QK)
-        return tokens_QK.masked_fill_(on_host_QK < 0, -1).to(ids_QK.device)
+        has_missing = on_host_QK.numel() > 0 and int(on_host_QK.min()) < 0
+        known_QK = on_host_QK.clamp(min=0) if has_missing else on_host_QK
+        tokens_n = self.store.values.index_select(0, known_QK.reshape(-1)).long()
+        tokens_QK = tokens_n.view_as(on_host_QK)
+        if has_missing:
+            tokens_QK.masked_fill_(on_host_QK < 0, -1)
+        return tokens_QK.to(ids_QK.device)
 
     def _temperature_from_data(self) -> float:
         info = self.index.info

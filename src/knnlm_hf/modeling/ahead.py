@@ -9,30 +9,17 @@ model alone. A model's step for one token is bound by memory, so it does not mis
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Thread
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from knnlm_hf.capture import Collector
+from knnlm_hf.parallel import pool
 
 _MOST_TOKENS = 16
 """Beyond, model and search both fill all cores, and nothing is gained by having them share."""
-
-
-def _use_one_core() -> None:
-    """Keep this thread's torch operations on this thread: the other cores are the model's."""
-    others = torch.get_num_threads()
-    torch.set_num_threads(1)
-    # subtle: that is this thread's own setting, but also what threads begun later start with.
-    restoring = Thread(target=torch.set_num_threads, args=(others,))
-    restoring.start()
-    restoring.join()
-
-
-_pool = ThreadPoolExecutor(thread_name_prefix="knnlm-hf-search", initializer=_use_one_core)
 
 
 class Ahead:
@@ -76,7 +63,7 @@ class Ahead:
         if self._acts and heard.raw is not None and heard.raw.device.type == "cpu":
             states = self._kept(heard)
             if states is not None:
-                self._raw, self._answer = heard.raw, _pool.submit(_ask, self._memory, states)
+                self._raw, self._answer = heard.raw, pool.submit(_ask, self._memory, states)
 
     def answer(self, heard: Collector) -> Tensor | None:
         """The log-probabilities for what was heard last, if they were asked for."""
