@@ -28,7 +28,7 @@ def run(
     *,
     model: str | None = None,
     corpus: str | None = None,
-    steps: int = 450,
+    steps: int = 320,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Show what a datastore does to a model on a domain that the model was not trained for.
@@ -69,10 +69,12 @@ def run(
     console.print(f"   kNN-LM      {report.perplexity:8.2f}   ({ratio:.2f} of it)")
 
     third = default_window(lm.config) // 3
-    prompt = tokenizer(test[0], return_tensors="pt")["input_ids"][:, : min(third, _PROMPT_TOKENS)]
+    prompt = tokenizer(_passage(test), return_tensors="pt")["input_ids"][
+        :, : min(third, _PROMPT_TOKENS)
+    ]
     start = prompt.shape[1]
     output = knn.generate(
-        prompt.to(knn.device), max_new_tokens=min(third, _NEW_TOKENS), do_sample=False,
+        prompt.to(knn.device), max_new_tokens=min(third, _NEW_TOKENS), do_sample=False, no_repeat_ngram_size=4,
         pad_token_id=tokenizer.eos_token_id,
     )[0]  # fmt: skip
     text = tokenizer.decode(output[start:])
@@ -80,7 +82,7 @@ def run(
     console.print(f"   {tokenizer.decode(prompt[0])!r} →\n   {text!r}", markup=False)
     found = knn.explain(output, top=64, tokenizer=tokenizer)[start - 1 : -1]
     console.print("[bold]6. Where its tokens came from[/]")
-    console.print(sources(found[:8]))
+    console.print(sources(found[:10], top=1))
     seconds = time.perf_counter() - begun
     console.print(f"{seconds:.0f} seconds in all")
     return {
@@ -101,6 +103,12 @@ def _model(name: str | None, steps: int, console: Console) -> tuple[Any, Any]:
     console.print(f"[bold]1. Loading {name}[/]")
     model: Any = AutoModelForCausalLM.from_pretrained(name)
     return model.eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _passage(texts: list[str]) -> str:
+    """The first paragraph of prose, or the first text where there is none."""
+    paragraphs = (part for text in texts for part in text.split("\n\n"))
+    return next((p for p in paragraphs if len(p) > 300 and p[0].isupper()), texts[0])
 
 
 def _blocks(path: str, blocks: int = 100) -> list[str]:
