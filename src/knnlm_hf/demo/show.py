@@ -28,7 +28,7 @@ def run(
     *,
     model: str | None = None,
     corpus: str | None = None,
-    steps: int = 320,
+    steps: int = 380,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Show what a datastore does to a model on a domain that the model was not trained for.
@@ -69,13 +69,12 @@ def run(
     console.print(f"   kNN-LM      {report.perplexity:8.2f}   ({ratio:.2f} of it)")
 
     third = default_window(lm.config) // 3
-    prompt = tokenizer(_passage(test), return_tensors="pt")["input_ids"][
-        :, : min(third, _PROMPT_TOKENS)
-    ]
+    passage = tokenizer(_passage(test), return_tensors="pt")["input_ids"]
+    prompt = passage[:, : min(third, _PROMPT_TOKENS)]
     start = prompt.shape[1]
     output = knn.generate(
-        prompt.to(knn.device), max_new_tokens=min(third, _NEW_TOKENS), do_sample=False, no_repeat_ngram_size=4,
-        pad_token_id=tokenizer.eos_token_id,
+        prompt.to(knn.device), max_new_tokens=min(third, _NEW_TOKENS), do_sample=False,
+        no_repeat_ngram_size=4, pad_token_id=tokenizer.eos_token_id,
     )[0]  # fmt: skip
     text = tokenizer.decode(output[start:])
     console.print("[bold]5. Generation[/]")
