@@ -8,29 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tiny import Keys
 
 from knnlm_hf.errors import KNNLMError, SearchIndexError
 from knnlm_hf.index import FaissIndex, build_index, choose, selfcheck
 
 faiss = pytest.importorskip("faiss")
-
-
-class Keys:
-    """The smallest `KeyRows`: a tensor in memory."""
-
-    def __init__(self, rows):
-        self.rows = rows
-        self.dim = rows.shape[1]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, ids):
-        return self.rows[ids]
-
-    def blocks(self, size):
-        for first in range(0, len(self.rows), size):
-            yield first, self.rows[first : first + size]
 
 
 def similarities(queries, keys, metric):

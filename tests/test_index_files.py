@@ -9,29 +9,12 @@ import sys
 
 import pytest
 import torch
+from tiny import Keys
 
 from knnlm_hf.errors import KNNLMError, SearchIndexError
 from knnlm_hf.index import ExactIndex, build_index, built_indexes, files, open_index, wrap_index
 
 faiss = pytest.importorskip("faiss")
-
-
-class Keys:
-    """The smallest `KeyRows`: a tensor in memory."""
-
-    def __init__(self, rows):
-        self.rows = rows
-        self.dim = rows.shape[1]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, ids):
-        return self.rows[ids]
-
-    def blocks(self, size):
-        for first in range(0, len(self.rows), size):
-            yield first, self.rows[first : first + size]
 
 
 @pytest.fixture(scope="module")

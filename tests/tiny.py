@@ -43,3 +43,21 @@ def tokenizer(reverse: bool = False) -> PreTrainedTokenizerFast:
 
 def text(items: list[list[int]]) -> list[str]:
     return [" ".join(WORDS[token] for token in item) for item in items]
+
+
+class Keys:
+    """The smallest `KeyRows`: a tensor in memory."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.dim = rows.shape[1]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, ids):
+        return self.rows[ids]
+
+    def blocks(self, size):
+        for first in range(0, len(self.rows), size):
+            yield first, self.rows[first : first + size]
