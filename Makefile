@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/knnlm demo $(ARGS)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
