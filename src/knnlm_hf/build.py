@@ -14,8 +14,9 @@ from knnlm_hf.datastore import DTYPES, DatastoreReader, Manifest
 from knnlm_hf.datastore.builder import StoreBuild, check_corpus
 from knnlm_hf.datastore.folder import existing, locked
 from knnlm_hf.datastore.sampling import subsample
-from knnlm_hf.errors import PersistenceError, SettingError
+from knnlm_hf.errors import PersistenceError, SettingError, first_line
 from knnlm_hf.index import SearchIndex, build_index
+from knnlm_hf.types import check_count
 from knnlm_hf.windows import check_window
 
 
@@ -71,9 +72,8 @@ class Datastore(DatastoreReader):
         loaded, tokenizer = _load(model, tokenizer)
         config = loaded.config.get_text_config(decoder=True)
         window, stride = check_window(window, stride, config)
-        for name, number in (("batch_size", batch_size), ("shard_size", shard_size)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise SettingError(f"{name} is {number!r}, expected a whole number, 1 or more")
+        check_count("batch_size", batch_size)
+        check_count("shard_size", shard_size)
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise SettingError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
@@ -146,19 +146,17 @@ def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
         try:
             model = AutoModelForCausalLM.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise PersistenceError(f"{source}: no causal language model: {_line(error)}") from error
+            raise PersistenceError(
+                f"{source}: no causal language model: {first_line(error)}"
+            ) from error
     if isinstance(tokenizer, str | Path):
         try:
             return model, AutoTokenizer.from_pretrained(str(tokenizer))
         except (OSError, ValueError) as error:
-            raise PersistenceError(f"{tokenizer}: no tokenizer: {_line(error)}") from error
+            raise PersistenceError(f"{tokenizer}: no tokenizer: {first_line(error)}") from error
     if source is not None and tokenizer is None:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError):  # a corpus of token ids needs none
             tokenizer = None
     return model, tokenizer
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -31,3 +31,8 @@ class SearchIndexError(KNNLMError):
 
 class PersistenceError(KNNLMError):
     """A folder or Hub repository that does not hold what was asked of it."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from knnlm_hf.errors import PersistenceError
+from knnlm_hf.errors import PersistenceError, first_line
 
 
 def local_folder(
@@ -51,9 +51,9 @@ def local_folder(
             )
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PersistenceError(
-            f"{source}: no such folder, and not readable as a Hub {repo_type} repository: {reason}"
+            f"{source}: no such folder, and not readable as a Hub {repo_type} repository: "
+            f"{first_line(error)}"
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from knnlm_hf.errors import CorpusError, KNNLMError
+from knnlm_hf.errors import CorpusError, KNNLMError, first_line
 
 
 def load_model(name: str, dtype: str | None, device: str | None) -> tuple[Any, Any]:
@@ -24,7 +24,7 @@ def load_model(name: str, dtype: str | None, device: str | None) -> tuple[Any, A
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
         loaded = loaded.to(device).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise KNNLMError(f"model {name}: {_first_line(error)}") from error
+        raise KNNLMError(f"model {name}: {first_line(error)}") from error
     try:
         return loaded, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError):
@@ -83,8 +83,4 @@ def load_corpus(name: str, split: str, lines: bool) -> Any:
             return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(name, split=split, streaming=True)
     except (OSError, ValueError, KeyError) as error:
-        raise CorpusError(f"corpus {name}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CorpusError(f"corpus {name}: {first_line(error)}") from error

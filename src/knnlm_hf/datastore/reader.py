@@ -18,7 +18,7 @@ from knnlm_hf.datastore.manifest import DATA_START, DTYPES, Manifest, Shard
 from knnlm_hf.datastore.mapping import Region, joined
 from knnlm_hf.datastore.rows import Rows
 from knnlm_hf.datastore.writer import file_sha256, shard_header
-from knnlm_hf.errors import DatastoreError, ModelMismatchError
+from knnlm_hf.errors import DatastoreError, ModelMismatchError, first_line
 from knnlm_hf.persistence import local_folder, push_folder
 from knnlm_hf.progress import track
 
@@ -133,8 +133,9 @@ class DatastoreReader:
         try:
             return AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DatastoreError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+            raise DatastoreError(
+                f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
+            ) from error
 
     @overload
     def document(self, i: int) -> int: ...

@@ -23,6 +23,7 @@ from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
 from knnlm_hf.parallel import over_blocks
+from knnlm_hf.progress import track
 from knnlm_hf.types import KeyRows, Metric
 
 REFINE_KEYS = "Refine(keys)"
@@ -215,8 +216,16 @@ def fill(
     try:
         if not index.is_trained:
             index.train(_training_sample(keys, lists, seed))
-        for block in _tracked(keys, progress):
-            index.add(block)
+        blocks = track(
+            keys.blocks(_ADD_BLOCK),
+            "indexing",
+            _rows,
+            total=len(keys),
+            unit="entries",
+            show=progress,
+        )
+        for _, block in blocks:
+            index.add(block.float().numpy())
     except (RuntimeError, AssertionError) as error:
         raise SearchIndexError(
             f"FAISS cannot build index {spec!r} on {len(keys)} {keys.dim}-d entries: "
@@ -288,10 +297,5 @@ def _training_sample(keys: KeyRows, lists: int, seed: int) -> np.ndarray[Any, An
     return keys[ids].float().numpy()
 
 
-def _tracked(keys: KeyRows, progress: bool) -> Any:
-    """Blocks of keys as float32 arrays, with a progress bar if asked."""
-    from rich.progress import track
-
-    blocks = (block.float().numpy() for _, block in keys.blocks(_ADD_BLOCK))
-    total = -(-len(keys) // _ADD_BLOCK)
-    return track(blocks, "indexing", total=total, disable=not progress, transient=True)
+def _rows(block: tuple[int, Tensor]) -> int:
+    return len(block[1])

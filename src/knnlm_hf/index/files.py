@@ -9,9 +9,7 @@ dies at, the folder holds the old index or the new one.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from datetime import UTC, datetime
 from math import isfinite
@@ -21,6 +19,8 @@ from uuid import uuid4
 
 from torch import Tensor
 
+from knnlm_hf.datastore.atomic import publish, sync
+from knnlm_hf.datastore.writer import file_sha256
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index import faiss
 from knnlm_hf.index.auto import choose
@@ -185,7 +185,7 @@ def _open(keys: KeyRows, home: Path, info: IndexInfo) -> SearchIndex:
             raise SearchIndexError(
                 f"{path} has {path.stat().st_size} bytes, expected {info.bytes}: {rebuild}"
             )
-        if _sha256(path) != info.sha256:
+        if file_sha256(path) != info.sha256:
             raise SearchIndexError(f"{path} is damaged, its checksum differs: {rebuild}")
         refines = faiss.split_spec(info.factory)[1]
         index = wrapped = faiss.FaissIndex(
@@ -209,7 +209,7 @@ def _write(home: Path, filled: Any, facts: dict[str, Any]) -> IndexInfo:
     try:
         if filled is not None:
             faiss.write(filled, temporary)
-            facts |= {"bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+            facts |= {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}
             _settle(temporary, home / _file_name(facts["sha256"]))
         facts["built_at"] = datetime.now(UTC).isoformat(timespec="microseconds")
         info = IndexInfo(**facts)
@@ -227,8 +227,8 @@ def _write(home: Path, filled: Any, facts: dict[str, Any]) -> IndexInfo:
 def _settle(temporary: Path, path: Path) -> None:
     """Give a written file its name once its bytes are on the disk."""
     with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        sync(file.fileno())
+    publish(temporary, path)
 
 
 def _read_info(path: Path) -> IndexInfo:
@@ -263,11 +263,6 @@ def _slug(metric: Metric, factory: str) -> str:
 
 def _file_name(sha256: str) -> str:
     return f"index-{sha256[:16]}.faiss"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _print(info: IndexInfo) -> None:

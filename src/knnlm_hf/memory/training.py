@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.datastore.atomic import publish, temporary, write_bytes
-from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.errors import KNNLMError, SettingError, first_line
 from knnlm_hf.progress import bar
 from knnlm_hf.types import check_count
 
@@ -287,9 +287,9 @@ class _Run:
             tensors = load_file(folder / Path(state["tensors"]).name, device=str(self.device))
             found = {name: state[name] for name in self._identity()}
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise KNNLMError(
-                f"{folder}: the checkpoint is damaged ({reason}): remove it to start anew"
+                f"{folder}: the checkpoint is damaged ({first_line(error)}): "
+                "remove it to start anew"
             ) from error
         for name, expected in self._identity().items():
             if found[name] != expected:

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from knnlm_hf.datastore import DatastoreReader
-from knnlm_hf.errors import PersistenceError
+from knnlm_hf.errors import PersistenceError, first_line
 from knnlm_hf.memory import KNNMemory
 from knnlm_hf.modeling.config import CODE, CODE_FILE, KNNLMConfig
 from knnlm_hf.modeling.fit import was_changed
@@ -143,9 +143,9 @@ def _load_base(folder: Path, config: KNNLMConfig, given: Any, options: dict[str,
     try:
         return AutoModelForCausalLM.from_pretrained(str(source), **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise PersistenceError(
-            f"{folder}: its base model {str(source)!r} cannot be loaded: {reason}: pass base_model="
+            f"{folder}: its base model {str(source)!r} cannot be loaded: "
+            f"{first_line(error)}: pass base_model="
         ) from error
 
 
