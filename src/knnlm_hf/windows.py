@@ -120,8 +120,13 @@ def batches(
     documents: Iterable[Document], window: int, stride: int, batch_size: int
 ) -> Iterator[Batch]:
     """Group the windows of a stream by `batch_size`, in order; the last group may be smaller."""
+    return batched(stream(documents, window, stride), batch_size)
+
+
+def batched(chosen: Iterable[Window], batch_size: int) -> Iterator[Batch]:
+    """Group any windows by `batch_size`, in order; the last group may be smaller."""
     rows: list[Window] = []
-    for row in stream(documents, window, stride):
+    for row in chosen:
         rows.append(row)
         if len(rows) == batch_size:
             yield _batch(rows)
