@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from knnlm_hf.errors import ModelMismatchError
+
 _CONFIG_FIELDS = (
     "model_type",
     "vocab_size",
@@ -70,6 +72,40 @@ def differences(recorded: dict[str, Any], model: nn.Module, tokenizer: Any = Non
     if tokenizer is not None and recorded["tokenizer"] not in (None, tokenizer_hash(tokenizer)):
         found.append("the tokenizer is another one")
     return found
+
+
+def check_model(
+    recorded: dict[str, Any], model: nn.Module, tokenizer: Any = None, *, made: str, remedy: str
+) -> None:
+    """Raise `ModelMismatchError` unless `model` is the recorded one.
+
+    Args:
+        recorded, model, tokenizer: as for `differences`.
+        made: how the message begins, up to the recorded model's name: "… was built with".
+        remedy: what to do, other than to override it.
+    """
+    found = differences(recorded, model, tokenizer)
+    if found:
+        raise ModelMismatchError(
+            f"{made} {name(recorded)}, which is not the model given ({name(describe(model))}): "
+            f"{'; '.join(found)}. {remedy}, or wrap with allow_mismatch=True"
+        )
+
+
+def check_tokenizer(recorded: dict[str, Any], tokenizer: Any, *, made: str, remedy: str) -> None:
+    """Raise `ModelMismatchError` unless `tokenizer` is the recorded one, or none was recorded.
+
+    Args:
+        recorded, tokenizer: as for `differences`.
+        made: how the message begins, up to "another tokenizer".
+        remedy: what to do.
+    """
+    if recorded["tokenizer"] not in (None, tokenizer_hash(tokenizer)):
+        raise ModelMismatchError(
+            f"{made} another tokenizer than "
+            f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}: its tokens "
+            f"would be other words; {remedy}"
+        )
 
 
 def name(recorded: dict[str, Any]) -> str:

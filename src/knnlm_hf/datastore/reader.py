@@ -18,7 +18,7 @@ from knnlm_hf.datastore.manifest import DATA_START, DTYPES, Manifest, Shard
 from knnlm_hf.datastore.mapping import Region, joined
 from knnlm_hf.datastore.rows import Rows
 from knnlm_hf.datastore.writer import file_sha256, shard_header
-from knnlm_hf.errors import DatastoreError, ModelMismatchError, first_line
+from knnlm_hf.errors import DatastoreError, first_line
 from knnlm_hf.persistence import local_folder, push_folder
 from knnlm_hf.progress import track
 
@@ -175,27 +175,22 @@ class DatastoreReader:
 
     def check_model(self, model: nn.Module, tokenizer: Any = None) -> None:
         """Raise `ModelMismatchError` unless the store was built with this model (and tokenizer)."""
-        found = identity.differences(self.manifest.model, model, tokenizer)
-        if found:
-            theirs = identity.name(identity.describe(model))
-            raise ModelMismatchError(
-                f"{self.path}: this datastore was built with {identity.name(self.manifest.model)}, "
-                f"which is not the model given ({theirs}): {'; '.join(found)}. Load the model it "
-                "was built with, build a datastore with this one, or wrap with allow_mismatch=True"
-            )
+        identity.check_model(
+            self.manifest.model, model, tokenizer,
+            made=f"{self.path}: this datastore was built with",
+            remedy="Load the model it was built with, build a datastore with this one",
+        )  # fmt: skip
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """Raise `ModelMismatchError` unless the store's text was read with this tokenizer.
 
         A store that was built from token ids, without a tokenizer, takes any.
         """
-        recorded = self.manifest.model["tokenizer"]
-        if recorded not in (None, identity.tokenizer_hash(tokenizer)):
-            raise ModelMismatchError(
-                f"{self.path}: this datastore was built with another tokenizer than "
-                f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}: its values "
-                "would be other words; load the tokenizer it was built with (store.tokenizer)"
-            )
+        identity.check_tokenizer(
+            self.manifest.model, tokenizer,
+            made=f"{self.path}: this datastore was built with",
+            remedy="load the tokenizer it was built with (store.tokenizer)",
+        )  # fmt: skip
 
     def verify(self, progress: bool = False) -> None:
         """Read everything and compare it with the manifest.

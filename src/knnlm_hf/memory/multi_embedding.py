@@ -10,22 +10,19 @@ Shape suffixes: Q query, R row, D dimension, V vocabulary, M rows of one token.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.memory.head import Head
 from knnlm_hf.memory.head_loss import head_loss
-from knnlm_hf.memory.training import Recipe, Trained, recipe_with, train
 from knnlm_hf.types import check_count, check_temperature
 
-_CHUNK_ELEMENTS = 1 << 24  # logits held at a time
 
-
-class MultiEmbeddingHead(nn.Module):
+class MultiEmbeddingHead(Head):
     """A memory of R trained rows; see the module's formula.
 
     Args:
@@ -41,8 +38,10 @@ class MultiEmbeddingHead(nn.Module):
         SettingError: a size below 1, t ≤ 0, or counts of the wrong length or sign.
     """
 
+    kind = "multi_embedding"
     row_tokens: Tensor
     target_rows: Tensor
+    rows_per_token: Tensor | None
 
     def __init__(
         self,
@@ -55,96 +54,32 @@ class MultiEmbeddingHead(nn.Module):
         temperature: float = 1.0,
         bias: bool = False,
     ) -> None:
-        super().__init__()
-        self.trained: Trained | None = None
-        self.hidden_size = check_count("hidden_size", hidden_size)
-        self.vocab_size = check_count("vocab_size", vocab_size)
+        super().__init__(hidden_size, vocab_size, layer)
         self.n = check_count("n", n)
-        self.layer = layer
         self.temperature = check_temperature(temperature)
         counts_V = self._counts(rows_per_token)
-        self.register_buffer("row_tokens", torch.arange(vocab_size).repeat_interleave(counts_V))
+        tokens_V = torch.arange(vocab_size, device=counts_V.device)
+        self.register_buffer("rows_per_token", None if rows_per_token is None else counts_V)
+        self.register_buffer("row_tokens", tokens_V.repeat_interleave(counts_V), persistent=False)
         self.register_buffer("target_rows", _rows_of_tokens(counts_V), persistent=False)
-        rows = int(counts_V.sum())
+        rows = len(self.row_tokens)
         self.weight = nn.Parameter(torch.randn(rows, hidden_size) * hidden_size**-0.5)
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self._is_uniform = bool((counts_V == counts_V[0]).all())
 
     @classmethod
-    def train_on(
-        cls,
-        store: DatastoreReader,
-        n: int = 3,
-        *,
-        rows_per_token: Any = None,
-        temperature: float = 1.0,
-        bias: bool = False,
-        recipe: Recipe | None = None,
-        checkpoint: str | Path | None = None,
-        device: str | torch.device | None = None,
-        progress: bool = True,
-        **settings: Any,
-    ) -> MultiEmbeddingHead:
-        """Train a head on a datastore: its keys are the inputs, its values the targets.
+    def train_on(cls, store: DatastoreReader, n: int = 3, **settings: Any) -> Self:
+        """Train on a datastore; see `Head.train_on` and the arguments of this class.
 
-        No forward pass of the model. Entries are read in shuffled runs from the mapped shards, a
-        part is held out for early stopping, and the best weights are kept. The same seed gives the
-        same head on the same device.
-
-        Args:
-            store: the datastore; the head reads its layer.
-            n: rows of every token; `rows_per_token`, `temperature` and `bias` as for the head.
-            recipe: how to train, see `Recipe`; `settings` change single fields of it, such as
-                `epochs=3, lr=1e-3`.
-            checkpoint: folder to write after every epoch; a killed run continues from it.
-            device: where to train; default: CUDA where there is one.
-            progress: show loss and perplexity on stderr.
-
-        Raises:
-            SettingError: a setting out of range or unknown.
-            KNNLMError: keys that are not finite, a loss that diverges, a token without a row.
+        `rows_per_token`, `temperature`, `bias`, `recipe`, `checkpoint`, `device`, `progress` and
+        the fields of a `Recipe` are keywords.
         """
-        recipe = recipe_with(recipe, settings)
-        torch.manual_seed(recipe.seed)
-        head = cls(
-            store.dim, store.vocab_size, n, store.layer,
-            rows_per_token=rows_per_token, temperature=temperature, bias=bias,
-        )  # fmt: skip
-        head.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        head.trained = train(head, store, recipe, checkpoint=checkpoint, progress=progress)
-        return head
+        return super().train_on(store, n=n, **settings)
 
-    def extra_repr(self) -> str:
-        """Show the sizes in `print(head)`."""
-        rows = len(self.row_tokens)
-        return f"D={self.hidden_size}, V={self.vocab_size}, rows={rows}, layer={self.layer!r}"
-
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities of every token: (..., D) → (..., V) float32."""
-        hidden_QD = self._flat(hidden)
-        step = max(1, _CHUNK_ELEMENTS // len(self.row_tokens))
-        parts = [self._distribution(chunk_QD) for chunk_QD in torch.split(hidden_QD, step)]
-        return torch.cat(parts).reshape(*hidden.shape[:-1], self.vocab_size)
-
-    def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Log-probability of one token per state: (..., D), (...) → (...) float32."""
-        if tokens.shape != hidden.shape[:-1]:
-            raise KNNLMError(
-                f"tokens have shape {tuple(tokens.shape)}, expected {tuple(hidden.shape[:-1])}, "
-                "one per hidden state"
-            )
-        hidden_QD = self._flat(hidden)
-        rows_QM = self.target_rows[tokens.reshape(-1).to(self.target_rows.device)]
-        step = max(1, _CHUNK_ELEMENTS // len(self.row_tokens))
-        parts = []
-        for chunk_QD, chunk_QM in zip(
-            torch.split(hidden_QD, step), torch.split(rows_QM, step), strict=True
-        ):
-            logits_QR = self._logits(chunk_QD)
-            own_QM = logits_QR.gather(1, chunk_QM.clamp(min=0))
-            own_QM = own_QM.masked_fill(chunk_QM < 0, -torch.inf)
-            parts.append(own_QM.logsumexp(1) - logits_QR.logsumexp(1))
-        return torch.cat(parts).reshape(tokens.shape)
+    def settings(self) -> dict[str, Any]:
+        """`kind` and the constructor's arguments; `rows_per_token` travels with the tensors."""
+        has_bias = self.bias is not None
+        return super().settings() | {"n": self.n, "temperature": self.temperature, "bias": has_bias}
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Mean −log p(token) in nats, for training: (..., D), (...) → scalar; see `head_loss`.
@@ -152,19 +87,29 @@ class MultiEmbeddingHead(nn.Module):
         Raises:
             KNNLMError: a token without rows has no likelihood to train.
         """
-        rows_QM = self.target_rows[tokens.reshape(-1)]
+        rows_QM = self.target_rows[self._flat_tokens(tokens, hidden)]
         if bool((rows_QM[:, 0] < 0).any()):
-            token = int(tokens.reshape(-1)[rows_QM[:, 0] < 0][0])
+            token = int(tokens.reshape(-1)[(rows_QM[:, 0] < 0).to(tokens.device)][0])
             raise KNNLMError(f"token {token} has no row in this head: give it one, or leave it out")
         return head_loss(self._flat(hidden) / self.temperature, self.weight, self.bias, rows_QM)
+
+    @property
+    def _width(self) -> int:
+        return len(self.row_tokens)
+
+    def _token_log_probs(self, hidden_QD: Tensor, tokens_Q: Tensor) -> Tensor:
+        rows_QM = self.target_rows[tokens_Q]
+        logits_QR = self._logits(hidden_QD)
+        own_QM = logits_QR.gather(1, rows_QM.clamp(min=0)).masked_fill(rows_QM < 0, -torch.inf)
+        return own_QM.logsumexp(1) - logits_QR.logsumexp(1)
 
     def _logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, R), float32 (float64 for float64 weights)."""
         exact = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        logits_QR = (hidden_QD.to(self.weight.dtype) @ self.weight.T).to(exact) / self.temperature
+        logits_QR = (hidden_QD @ self.weight.T).to(exact) / self.temperature
         return logits_QR if self.bias is None else logits_QR + self.bias
 
-    def _distribution(self, hidden_QD: Tensor) -> Tensor:
+    def _log_probs(self, hidden_QD: Tensor) -> Tensor:
         logits_QR = self._logits(hidden_QD)
         all_Q1 = logits_QR.logsumexp(1, keepdim=True)
         if self._is_uniform:
@@ -178,18 +123,10 @@ class MultiEmbeddingHead(nn.Module):
         total_QV = logits_QR.new_zeros(shape).index_add(1, self.row_tokens, relative_QR)
         return torch.where(total_QV > 0, peak_QV + total_QV.log(), -torch.inf) - all_Q1
 
-    def _flat(self, hidden: Tensor) -> Tensor:
-        if hidden.shape[-1] != self.hidden_size:
-            raise KNNLMError(
-                f"hidden states are {hidden.shape[-1]}-d, this head reads {self.hidden_size}-d "
-                f"states of layer {self.layer!r}: use the model it was trained with"
-            )
-        return hidden.reshape(-1, self.hidden_size).to(self.weight.device)
-
     def _counts(self, rows_per_token: Any) -> Tensor:
         if rows_per_token is None:
-            return torch.full((self.vocab_size,), self.n)
-        counts_V = torch.as_tensor(rows_per_token)
+            return torch.full((self.vocab_size,), self.n, device="cpu")
+        counts_V = torch.as_tensor(rows_per_token, device="cpu")
         is_whole = not counts_V.is_floating_point() and counts_V.dtype != torch.bool
         if counts_V.shape != (self.vocab_size,) or not is_whole or bool((counts_V < 0).any()):
             raise SettingError(
@@ -228,6 +165,6 @@ def rows_by_loss(total_loss: Any, rows: int) -> Tensor:
 def _rows_of_tokens(counts_V: Tensor) -> Tensor:
     """(V, M): the rows of each token, −1 past its last."""
     last_V = counts_V.cumsum(0)
-    offset_M = torch.arange(int(counts_V.max()))
+    offset_M = torch.arange(int(counts_V.max()), device=counts_V.device)
     rows_VM = (last_V - counts_V)[:, None] + offset_M
     return torch.where(offset_M < counts_V[:, None], rows_VM, -1)

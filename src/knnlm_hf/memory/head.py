@@ -1,0 +1,261 @@
+"""What every trained memory shares: sizes, shapes and chunks of queries, training, its registry.
+
+A kind of head says how hidden states become a distribution (`_log_probs`) and what it is made from
+(`settings`); the rest is written here, once.
+
+Shape suffixes: Q query, D dimension, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from knnlm_hf import identity
+from knnlm_hf.datastore import DatastoreReader
+from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.memory.training import Recipe, Trained, recipe_with, train
+from knnlm_hf.types import check_count
+
+_CHUNK_ELEMENTS = 1 << 24  # logits held at a time
+_SIZES = ("hidden_size", "vocab_size", "layer")
+RECIPE_FIELDS = Recipe.__dataclass_fields__
+
+_MODULES = {
+    "multi_embedding": "multi_embedding",
+    "mixture_of_softmaxes": "mixture_of_softmaxes",
+    "centroids": "centroids",
+    "mlp": "mlp",
+}
+"""Kind → the module of this package whose class it is; imported when first asked for."""
+_CLASSES: dict[str, type[Head]] = {}
+
+
+class Head(nn.Module):
+    """A memory that was trained on a datastore and needs it no longer.
+
+    A subclass sets `kind`, defines `_log_probs` and extends `settings`, from which its constructor
+    makes an equal head; what it learned are its parameters and buffers. It may define
+    `_token_log_probs` and `forward` where it can do without the whole distribution, `_fit` where
+    its training is not `memory.training.train`, and `_width` where it makes more than V numbers
+    per query.
+
+    Its constructor must also work under `torch.device("meta")`, by which `from_pretrained` makes a
+    head without its numbers: a buffer that is not saved (`persistent=False`) is made on a device
+    that it names.
+
+    Args:
+        hidden_size: D, the width of the captured states.
+        vocab_size: V.
+        layer: the representation it reads, as for a datastore.
+
+    Raises:
+        SettingError: a size below 1, a layer that is no name.
+    """
+
+    kind: ClassVar[str]
+    """Its name in files and on the command line."""
+
+    trained: Trained | None
+    """What training did; None for a head that was not trained by `train_on`."""
+    origin: dict[str, Any] | None
+    """The model whose states it was trained on, as `identity.describe` records it."""
+
+    def __init__(self, hidden_size: int, vocab_size: int, layer: str = "att") -> None:
+        super().__init__()
+        self.hidden_size = check_count("hidden_size", hidden_size)
+        self.vocab_size = check_count("vocab_size", vocab_size)
+        if not isinstance(layer, str) or not layer:
+            raise SettingError(f"layer is {layer!r}, expected att, ffn, final or a module path")
+        self.layer = layer
+        self.trained = None
+        self.origin = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kind" in cls.__dict__:
+            _CLASSES[cls.kind] = cls
+
+    @classmethod
+    def train_on(
+        cls,
+        store: DatastoreReader,
+        *,
+        recipe: Recipe | None = None,
+        checkpoint: str | Path | None = None,
+        device: str | torch.device | None = None,
+        progress: bool = True,
+        **settings: Any,
+    ) -> Self:
+        """Train a head on a datastore: its keys are the inputs, its values the targets.
+
+        No forward pass of the model. Entries are read in shuffled runs from the mapped shards, a
+        part is held out for early stopping, and the best weights are kept. The same seed gives the
+        same head on the same device.
+
+        Args:
+            store: the datastore; the head reads its layer and remembers its model.
+            recipe: how to train, see `Recipe`.
+            checkpoint: folder to write after every epoch; a killed run continues from it.
+            device: where to train; default: CUDA where there is one.
+            progress: show loss and perplexity on stderr.
+            settings: fields of the recipe to change, such as `epochs=3, lr=1e-3`, and arguments
+                of the head, such as `n=3`.
+
+        Raises:
+            SettingError: a setting out of range or unknown.
+            KNNLMError: keys that are not finite, a loss that diverges, a token without a row.
+        """
+        of_recipe = settings.keys() & RECIPE_FIELDS.keys()
+        recipe = recipe_with(recipe, {name: settings.pop(name) for name in of_recipe})
+        recipe.check()
+        torch.manual_seed(recipe.seed)
+        sizes = {"hidden_size": store.dim, "vocab_size": store.vocab_size, "layer": store.layer}
+        head = cls._made(sizes | settings)
+        head.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        head.origin = store.manifest.model
+        head.trained = head._fit(store, recipe, checkpoint=checkpoint, progress=progress)
+        return head
+
+    def settings(self) -> dict[str, Any]:
+        """`kind` and the constructor's arguments, as plain data; what is learned is not among it.
+
+        A subclass returns `super().settings() | {…}`.
+        """
+        return {
+            "kind": self.kind,
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "layer": self.layer,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._any_tensor().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; sums and results are in float32 (float64 for float64)."""
+        return self._any_tensor().dtype
+
+    def extra_repr(self) -> str:
+        """Show the settings in `print(head)`."""
+        shown = {name: value for name, value in self.settings().items() if name != "kind"}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of every token: (..., D) → (..., V) float32."""
+        parts = [self._log_probs(chunk_QD) for chunk_QD in self._chunks(self._flat(hidden))]
+        return torch.cat(parts).reshape(*hidden.shape[:-1], self.vocab_size)
+
+    def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Log-probability of one token per state: (..., D), (...) → (...) float32."""
+        hidden_QD, tokens_Q = self._flat(hidden), self._flat_tokens(tokens, hidden)
+        pairs = zip(self._chunks(hidden_QD), self._chunks(tokens_Q), strict=True)
+        return torch.cat([self._token_log_probs(*pair) for pair in pairs]).reshape(tokens.shape)
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Mean −log p(token) in nats, for training: (..., D), (...) → scalar."""
+        return -self._token_log_probs(
+            self._flat(hidden), self._flat_tokens(tokens, hidden)
+        ).mean()  # fmt: skip
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise `ModelMismatchError` unless it was trained on states of (a cast of) this model.
+
+        A head of which it is not known takes any.
+        """
+        if self.origin is not None:
+            identity.check_model(
+                self.origin, model, made="this head was trained on states of",
+                remedy="Load the model it was trained on, train a head for this one",
+            )  # fmt: skip
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise `ModelMismatchError` unless its store's text was read with this tokenizer."""
+        if self.origin is not None:
+            identity.check_tokenizer(
+                self.origin, tokenizer, made="this head was trained on the text of",
+                remedy="load the tokenizer of its datastore",
+            )  # fmt: skip
+
+    def _log_probs(self, hidden_QD: Tensor) -> Tensor:
+        """(Q, D) of the head's device and dtype → (Q, V) float32."""
+        raise NotImplementedError
+
+    def _token_log_probs(self, hidden_QD: Tensor, tokens_Q: Tensor) -> Tensor:
+        """(Q, D), (Q,) on the head's device → (Q,) float32."""
+        return self._log_probs(hidden_QD).gather(1, tokens_Q[:, None])[:, 0]
+
+    @property
+    def _width(self) -> int:
+        """Numbers made per query, by which the chunks of queries are sized."""
+        return self.vocab_size
+
+    def _fit(
+        self,
+        store: DatastoreReader,
+        recipe: Recipe,
+        *,
+        checkpoint: str | Path | None,
+        progress: bool,
+    ) -> Trained:
+        """Learn from the store, in place."""
+        return train(self, store, recipe, checkpoint=checkpoint, progress=progress)
+
+    @classmethod
+    def _made(cls, settings: dict[str, Any]) -> Self:
+        """A head of these settings, without `kind`; one line for those it does not have."""
+        known = [name for name in inspect.signature(cls).parameters if name not in _SIZES]
+        unknown = settings.keys() - {*known, *_SIZES}
+        if unknown:
+            raise SettingError(
+                f"unknown setting {', '.join(map(str, unknown))}: {cls.__name__} has "
+                f"{', '.join(known) or 'none'}; a recipe has {', '.join(RECIPE_FIELDS)}"
+            )
+        return cls(**settings)
+
+    def _chunks(self, rows_Q: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(rows_Q, max(1, _CHUNK_ELEMENTS // self._width))
+
+    def _flat(self, hidden: Tensor) -> Tensor:
+        """(..., D) → (Q, D), of the head's device and dtype."""
+        if hidden.shape[-1] != self.hidden_size:
+            raise KNNLMError(
+                f"hidden states are {hidden.shape[-1]}-d, this head reads {self.hidden_size}-d "
+                f"states of layer {self.layer!r}: use the model it was trained with"
+            )
+        return hidden.reshape(-1, self.hidden_size).to(self.device, self.dtype)
+
+    def _flat_tokens(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """(...) → (Q,), on the head's device."""
+        if tokens.shape != hidden.shape[:-1]:
+            raise KNNLMError(
+                f"tokens have shape {tuple(tokens.shape)}, expected {tuple(hidden.shape[:-1])}, "
+                "one per hidden state"
+            )
+        return tokens.reshape(-1).to(self.device)
+
+    def _any_tensor(self) -> Tensor:
+        """A parameter, or a floating-point buffer."""
+        tensors = (*self.parameters(), *self.buffers())
+        return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def head_class(kind: Any) -> type[Head]:
+    """The class of a kind of head.
+
+    Raises:
+        SettingError: no kind of this package, nor one defined since.
+    """
+    if isinstance(kind, str) and kind not in _CLASSES and kind in _MODULES:
+        import_module(f"knnlm_hf.memory.{_MODULES[kind]}")
+    if not isinstance(kind, str) or kind not in _CLASSES:
+        raise SettingError(f"unknown kind of head {kind!r}: choose one of {', '.join(_MODULES)}")
+    return _CLASSES[kind]
