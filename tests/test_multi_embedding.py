@@ -62,10 +62,18 @@ def plain_loss(hidden, rows, bias, target_rows):
     return (logits.logsumexp(1) - own.logsumexp(1)).mean()
 
 
-@pytest.mark.parametrize("chunk", [1, 20, 1 << 20])
+def blocks(monkeypatch, few, many):
+    """So many queries in a block of the softmax, and of the gradients."""
+    for name, value in (("_FEWEST_SOFTMAX", few), ("_FEWEST_SLOPES", many)):
+        monkeypatch.setattr(loss_module, name, value)
+    for name in ("_SOFTMAX_LOGITS", "_SLOPES"):
+        monkeypatch.setattr(loss_module, name, 1)
+
+
+@pytest.mark.parametrize("chunk", [(1, 1), (2, 5), (3, 4), (64, 256)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_the_loss_and_its_gradients_against_autograd(chunk, with_bias, monkeypatch):
-    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", chunk)
+    blocks(monkeypatch, *chunk)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(9, 6, generator=generator)
     rows = torch.randn(13, 6, generator=generator)
@@ -81,6 +89,44 @@ def test_the_loss_and_its_gradients_against_autograd(chunk, with_bias, monkeypat
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [(2, 5), (64, 256)])
+def test_soft_targets_are_the_weighted_sum_of_hard_ones(chunk, monkeypatch):
+    blocks(monkeypatch, *chunk)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 6, generator=generator)
+    rows = torch.randn(13, 6, generator=generator)
+    bias = torch.randn(13, generator=generator)
+    targets = torch.tensor([[[0, 1, -1], [12, -1, -1]], [[3, 4, 5], [3, 4, 5]]])[
+        [0, 1, 0, 1, 0, 1, 0]
+    ]
+    weights = torch.rand(7, 2, generator=generator)
+    weights[2, 1] = 0
+    results = []
+    for soft in (True, False):
+        inputs = [x.clone().requires_grad_() for x in (hidden, rows, bias)]
+        if soft:
+            loss = head_loss(*inputs, targets, weights)
+        else:
+            parts = [
+                weights[q, t] * plain_loss(inputs[0][q : q + 1], *inputs[1:], targets[q, t][None])
+                for q in range(7)
+                for t in range(2)
+            ]
+            loss = torch.stack(parts).sum() / 7
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_targets_of_a_head_by_hand():
+    head = MultiEmbeddingHead(1, 2, n=1)
+    head.weight.data = torch.tensor([[0.0], [math.log(3)]])
+    # p = (1/4, 3/4); the teacher says (1/2, 1/2).
+    loss = head(torch.ones(1, 1), torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]))
+    assert loss.item() == pytest.approx(-0.5 * math.log(1 / 4) - 0.5 * math.log(3 / 4))
+
+
 def test_gradcheck_in_float64():
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4, 3, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -88,6 +134,9 @@ def test_gradcheck_in_float64():
     bias = torch.randn(6, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([[0, 1], [5, -1], [2, 3], [4, -1]])
     assert torch.autograd.gradcheck(lambda *x: head_loss(*x, targets), (hidden, rows, bias))
+    weights = torch.tensor([[0.2, 0.5], [1.0, 0.0], [0.3, 0.3], [0.9, 0.1]], dtype=torch.float64)
+    soft = torch.stack([targets, targets.roll(1, 0)], 1)
+    assert torch.autograd.gradcheck(lambda *x: head_loss(*x, soft, weights), (hidden, rows, bias))
 
 
 def test_a_hopeless_token_still_has_a_gradient():

@@ -242,6 +242,17 @@ class Head(nn.Module):
             )
         return tokens.reshape(-1).to(self.device)
 
+    def _targets(self, tokens: Tensor, weights: Tensor | None, hidden: Tensor) -> Tensor:
+        """(...) → (Q, 1), or (..., T) with weights of that shape → (Q, T), on the head's device."""
+        if weights is None:
+            return self._flat_tokens(tokens, hidden)[:, None]
+        if tokens.shape != weights.shape or tokens.shape[:-1] != hidden.shape[:-1]:
+            raise KNNLMError(
+                f"tokens have shape {tuple(tokens.shape)} and weights {tuple(weights.shape)}, "
+                f"expected {tuple(hidden.shape[:-1])} and T targets, both"
+            )
+        return tokens.reshape(-1, tokens.shape[-1]).to(self.device)
+
     def _any_tensor(self) -> Tensor:
         """A parameter, or a floating-point buffer."""
         tensors = (*self.parameters(), *self.buffers())

@@ -81,17 +81,25 @@ class MultiEmbeddingHead(Head):
         has_bias = self.bias is not None
         return super().settings() | {"n": self.n, "temperature": self.temperature, "bias": has_bias}
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Mean −log p(token) in nats, for training: (..., D), (...) → scalar; see `head_loss`.
+    def forward(self, hidden: Tensor, tokens: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy in nats, for training; see `head_loss`.
+
+        Args:
+            hidden: (..., D) states.
+            tokens: (...) next tokens; with weights (..., T), several targets of each state.
+            weights: (..., T) ≥ 0, how much each target counts; 0 for one that only fills the row.
 
         Raises:
             KNNLMError: a token without rows has no likelihood to train.
         """
-        rows_QM = self.target_rows[self._flat_tokens(tokens, hidden)]
-        if bool((rows_QM[:, 0] < 0).any()):
-            token = int(tokens.reshape(-1)[(rows_QM[:, 0] < 0).to(tokens.device)][0])
+        tokens_QT = self._targets(tokens, weights, hidden)
+        rows_QTM = self.target_rows[tokens_QT]
+        if bool((rows_QTM[..., 0] < 0).any()):
+            token = int(tokens_QT[rows_QTM[..., 0] < 0][0])
             raise KNNLMError(f"token {token} has no row in this head: give it one, or leave it out")
-        return head_loss(self._flat(hidden) / self.temperature, self.weight, self.bias, rows_QM)
+        weights_QT = None if weights is None else weights.reshape(tokens_QT.shape).to(self.device)
+        hidden_QD = self._flat(hidden) / self.temperature
+        return head_loss(hidden_QD, self.weight, self.bias, rows_QTM, weights_QT)
 
     @property
     def _width(self) -> int:
