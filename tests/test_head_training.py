@@ -26,17 +26,18 @@ def mean_loss(head, store):
 
 def test_every_entry_is_seen_once_an_epoch(store):
     entries = Entries(store, seed=3)
-    held = torch.cat([tokens for _, tokens in entries.held_out(50)])
+    held = torch.cat([tokens for _, tokens, _ in entries.held_out(50)])
     orders = []
     for epoch in (0, 1, 0):
         batches = list(entries.epoch(epoch, 50))
-        assert {len(tokens) for _, tokens in batches[:-1]} == {50}
-        orders.append(torch.cat([tokens for _, tokens in batches]))
+        assert {len(batch.tokens) for batch in batches[:-1]} == {50}
+        orders.append(torch.cat([batch.tokens for batch in batches]))
     assert torch.equal(orders[0], orders[2])
     assert not torch.equal(orders[0], orders[1])
     everything = torch.cat([orders[1], held]).sort().values
     assert torch.equal(everything, store.values.long().sort().values)
-    keys, tokens = next(entries.epoch(0, 5))
+    keys, tokens, ids = next(entries.epoch(0, 5))
+    assert torch.equal(store.keys[ids].float(), keys)
     for key, token in zip(keys, tokens, strict=True):  # a key keeps its own value
         same = (store.keys[:].float() == key).all(1).nonzero()[:, 0]
         assert token in store.values[same]
@@ -114,7 +115,7 @@ def test_early_stopping_keeps_the_best(store):
     assert head.trained.epochs < 50
     entries = Entries(store, 0)
     with torch.no_grad():
-        losses = [(head(k, v).item(), len(v)) for k, v in entries.held_out(64)]
+        losses = [(head(k, v).item(), len(v)) for k, v, _ in entries.held_out(64)]
     mean = sum(loss * n for loss, n in losses) / sum(n for _, n in losses)
     assert mean == pytest.approx(head.trained.held_out_loss, rel=1e-5)
 

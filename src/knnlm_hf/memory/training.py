@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -82,6 +82,17 @@ class Trained:
         return asdict(self)
 
 
+class Batch(NamedTuple):
+    """Some entries of a store."""
+
+    keys: Tensor
+    """(Q, D) float32."""
+    tokens: Tensor
+    """(Q,) int64."""
+    ids: Tensor
+    """(Q,) int64, the numbers of the entries."""
+
+
 class Entries:
     """The entries of a store in a shuffled order, a part of them held out.
 
@@ -103,8 +114,13 @@ class Entries:
         """Entries trained on."""
         return len(self._ids(self.runs))
 
-    def epoch(self, number: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches (keys, tokens) of all entries trained on, in an order of this epoch's own."""
+    @property
+    def held_out_ids(self) -> Tensor:
+        """(n,) int64, the numbers of the held-out entries."""
+        return self._ids(self.held_out_runs)
+
+    def epoch(self, number: int, batch_size: int) -> Iterator[Batch]:
+        """Batches of all entries trained on, in an order of this epoch's own."""
         generator = self._generator(number)
         runs = self.runs[torch.randperm(len(self.runs), generator=generator)]
         left = torch.empty(0, dtype=torch.int64)
@@ -118,20 +134,20 @@ class Entries:
         if len(left):
             yield self._read(left)
 
-    def held_out(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def held_out(self, batch_size: int) -> Iterator[Batch]:
         """Batches of the held-out entries."""
-        for batch in torch.split(self._ids(self.held_out_runs), batch_size):
+        for batch in torch.split(self.held_out_ids, batch_size):
             yield self._read(batch)
 
     def _ids(self, runs: Tensor) -> Tensor:
         ids = (runs[:, None] + torch.arange(self.run)).reshape(-1)
         return ids[ids < len(self.store)]
 
-    def _read(self, ids_Q: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, ids_Q: Tensor) -> Batch:
         keys_QD = self.store.keys[ids_Q].float()
         if not bool(keys_QD.isfinite().all()):
             raise KNNLMError(f"{self.store.path}: a key is not finite: build the store again")
-        return keys_QD, self.store.values[ids_Q].long()
+        return Batch(keys_QD, self.store.values[ids_Q].long(), ids_Q)
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + number + 1)
@@ -142,7 +158,7 @@ def train(
     store: DatastoreReader,
     recipe: Recipe,
     *,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Callable[[Batch], Tensor] | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Trained:
@@ -152,7 +168,8 @@ def train(
         head: a module; `head(keys, tokens)` is its mean loss in nats, unless `loss` is given.
         store: keys and values.
         recipe: how.
-        loss: what is trained on instead; held-out loss stays the head's own.
+        loss: what is trained on instead, of a batch on the head's device (its `ids` stay on the
+            CPU); held-out loss stays the head's own.
         checkpoint: folder to write after every epoch and to continue from, with the same recipe
             and store; removed at the end.
         progress: show loss and perplexity on stderr.
@@ -163,15 +180,16 @@ def train(
     recipe.check()
     entries = Entries(store, recipe.seed)
     run = _Run(head, entries, recipe, None if checkpoint is None else Path(checkpoint))
-    objective = loss or head
+    objective = loss or (lambda batch: head(batch.keys, batch.tokens))
     with bar(progress) as shown:
         task = shown.add_task("training", total=recipe.epochs * len(entries), rate="")
         shown.advance(task, run.epoch * len(entries))
         while run.epoch < recipe.epochs and run.stale < recipe.patience:
             head.train()
-            for keys_QD, tokens_Q in entries.epoch(run.epoch, recipe.batch_size):
-                value = run.step(objective, keys_QD, tokens_Q)
-                shown.advance(task, len(tokens_Q))
+            torch.manual_seed(recipe.seed + run.epoch)  # dropout of a resumed run
+            for batch in entries.epoch(run.epoch, recipe.batch_size):
+                value = run.step(objective, batch)
+                shown.advance(task, len(batch.ids))
                 shown.update(task, rate=f"loss {value:.3f} · perplexity {math.exp(value):,.1f}")
             run.end_epoch()
     return run.finish(store)
@@ -194,18 +212,18 @@ class _Run:
         if checkpoint is not None and (checkpoint / "state.json").is_file():
             self._load(checkpoint)
 
-    def step(self, objective: Any, keys_QD: Tensor, tokens_Q: Tensor) -> float:
+    def step(self, objective: Callable[[Batch], Tensor], batch: Batch) -> float:
         """One optimizer step; return its loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.lr * self._rate()
         with self._autocast():
-            loss = objective(keys_QD.to(self.device), tokens_Q.to(self.device))
+            loss = objective(self._here(batch))
         if not bool(loss.isfinite()):
             raise KNNLMError(
                 f"the loss became {loss.item()} at step {self.done}: use a smaller lr than "
                 f"{self.recipe.lr}"
             )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
@@ -244,10 +262,14 @@ class _Run:
     def _held_out_loss(self) -> float:
         self.head.eval()
         total, count = 0.0, 0
-        for keys_QD, tokens_Q in self.entries.held_out(self.recipe.batch_size):
-            loss = self.head(keys_QD.to(self.device), tokens_Q.to(self.device))
+        for batch in self.entries.held_out(self.recipe.batch_size):
+            keys_QD, tokens_Q, _ = self._here(batch)
+            loss = self.head(keys_QD, tokens_Q)
             total, count = total + float(loss) * len(tokens_Q), count + len(tokens_Q)
         return total / count
+
+    def _here(self, batch: Batch) -> Batch:
+        return Batch(batch.keys.to(self.device), batch.tokens.to(self.device), batch.ids)
 
     def _autocast(self) -> Any:
         dtype = _DTYPES[self.recipe.dtype]
