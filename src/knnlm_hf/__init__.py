@@ -17,7 +17,9 @@ _HOMES = {
     "KNNLMConfig": "modeling",
     "Datastore": "build",
     "KNNMemory": "memory",
+    "MLPMemory": "memory",
     "Memory": "memory",
+    "MixtureOfSoftmaxes": "memory",
     "MultiEmbeddingHead": "memory",
     "Neighbors": "types",
     "TokenScores": "scores",
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from knnlm_hf.errors import KNNLMError as KNNLMError
     from knnlm_hf.memory import KNNMemory as KNNMemory
     from knnlm_hf.memory import Memory as Memory
+    from knnlm_hf.memory import MixtureOfSoftmaxes as MixtureOfSoftmaxes
+    from knnlm_hf.memory import MLPMemory as MLPMemory
     from knnlm_hf.memory import MultiEmbeddingHead as MultiEmbeddingHead
     from knnlm_hf.modeling import KNNLMConfig as KNNLMConfig
     from knnlm_hf.modeling import KNNLMForCausalLM as KNNLMForCausalLM

@@ -1,7 +1,13 @@
 """Memories: whatever turns captured hidden states into a distribution over the vocabulary."""
 
-from knnlm_hf.memory.base import Evidence, Memory, as_memory, evidence
+from knnlm_hf.memory.base import Memory, as_memory
+from knnlm_hf.memory.evidence import Evidence, evidence
 from knnlm_hf.memory.knn import KNNMemory
+from knnlm_hf.memory.mixture_of_softmaxes import MixtureOfSoftmaxes
+from knnlm_hf.memory.mlp import MLPMemory
 from knnlm_hf.memory.multi_embedding import MultiEmbeddingHead
 
-__all__ = ["Evidence", "KNNMemory", "Memory", "MultiEmbeddingHead", "as_memory", "evidence"]
+__all__ = [
+    "Evidence", "KNNMemory", "MLPMemory", "Memory", "MixtureOfSoftmaxes", "MultiEmbeddingHead",
+    "as_memory", "evidence",
+]  # fmt: skip
