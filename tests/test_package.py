@@ -15,7 +15,7 @@ SOURCE = Path(knnlm_hf.__file__).parent
 ROOMS = [
     "errors", "types", "interpolation", "progress", "parallel", "persistence", "windows", "texts",
     "corpus", "capture", "identity", "datastore", "index", "memory", "modeling", "build", "scores",
-    "scoring", "tuning", "sources", "demo", "cli",
+    "scoring", "tuning", "sources", "demo", "study", "cli",
 ]  # fmt: skip
 
 

@@ -1,0 +1,109 @@
+"""Is one setting better than another, or is it this sample of text? A paired block bootstrap.
+
+Tokens of one text are not independent, so whole blocks are drawn again, not tokens; both settings
+are seen on the same blocks, so what is hard for both cancels.
+
+Shape suffixes: N token, B block, R resample.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnlm_hf.errors import KNNLMError
+
+_FEWEST_DOCUMENTS = 50
+_SHORTEST, _LONGEST = 64, 512  # tokens of a run
+_RUNS = 100
+_COUNTS = 1 << 22  # resampled counts held at a time
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The perplexity of setting a as a multiple of that of setting b, on the same tokens."""
+
+    ratio: float
+    """exp(mean(log p_b − log p_a)): below 1 where a is better."""
+    low: float
+    """2.5 % quantile of the ratio over the resamples."""
+    high: float
+    """97.5 % quantile."""
+    blocks: int
+    """Documents or runs of tokens that were resampled."""
+
+    @property
+    def better(self) -> bool:
+        """Whether a is better than b with 95 % confidence."""
+        return self.high < 1
+
+    @property
+    def worse(self) -> bool:
+        """Whether a is worse than b with 95 % confidence."""
+        return self.low > 1
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} × [{self.low:.3f}, {self.high:.3f}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def compare(
+    a_N: Tensor, b_N: Tensor, documents_N: Tensor, *, seed: int = 0, resamples: int = 2000
+) -> Comparison:
+    """Compare two settings by their log-probabilities of the same tokens.
+
+    Args:
+        a_N: (N,) log-probabilities under setting a, finite.
+        b_N: (N,) under setting b.
+        documents_N: (N,) the document of each token, see `blocks`.
+        seed: equal seeds give equal intervals.
+        resamples: R.
+
+    Raises:
+        KNNLMError: other lengths, no tokens, or a log-probability that is not finite.
+    """
+    if a_N.shape != b_N.shape or a_N.shape != documents_N.shape or not len(a_N):
+        raise KNNLMError(
+            f"settings with {len(a_N)} and {len(b_N)} tokens cannot be compared: score both on the "
+            "same text"
+        )
+    gap_N = b_N.double() - a_N.double()
+    if not bool(gap_N.isfinite().all()):
+        raise KNNLMError("a token without probability cannot be compared: mix the memory first")
+    block_N = blocks(documents_N)
+    count = int(block_N.max()) + 1
+    gap_B = torch.bincount(block_N, weights=gap_N, minlength=count).numpy()
+    size_B = torch.bincount(block_N, minlength=count).double().numpy()
+    generator = np.random.default_rng(seed)
+    means = []
+    step = max(1, _COUNTS // count)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        times_RB = generator.multinomial(count, np.full(count, 1 / count), size=rows)
+        means.append(times_RB @ gap_B / (times_RB @ size_B))
+    low, high = np.exp(np.quantile(np.concatenate(means), [0.025, 0.975])).tolist()
+    return Comparison(math.exp(float(gap_N.mean())), low, high, count)
+
+
+def blocks(documents_N: Tensor) -> Tensor:
+    """(N,) int64, the block of each token, from 0: its document, or its run of tokens.
+
+    Documents where there are 50 or more of them; otherwise runs of 512 tokens, shorter (but at
+    least 64) where there would be fewer than 100, which do not heed documents.
+    """
+    block_N: Tensor
+    documents, block_N = torch.unique(documents_N, return_inverse=True)
+    if len(documents) >= _FEWEST_DOCUMENTS:
+        return block_N
+    length = min(_LONGEST, max(_SHORTEST, len(documents_N) // _RUNS))
+    whole = max(1, len(documents_N) // length)  # a short end belongs to the last run
+    run_N: Tensor = (torch.arange(len(documents_N)) // length).clamp(max=whole - 1)
+    return run_N

@@ -1,0 +1,79 @@
+"""Tuned on valid, reported on test: the one way in which a setting gets its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from knnlm_hf.scores import TokenScores
+from knnlm_hf.study.bootstrap import Comparison, compare
+from knnlm_hf.study.study import Study
+from knnlm_hf.tuning import Tuned, fit
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting with its λ, t and k fitted on valid, and what it gives on test."""
+
+    name: str
+    tuned: Tuned
+    """What was found on valid."""
+    test: TokenScores
+    log_probs: Tensor
+    """(N,) of the mixture, on test."""
+
+    def row(self, **more: Any) -> dict[str, Any]:
+        """The setting as a row of results."""
+        settings = self.tuned.temperature, self.tuned.k
+        return {
+            "setting": self.name,
+            **more,
+            "lmbda": self.tuned.lmbda,
+            "temperature": self.tuned.temperature,
+            "k": self.tuned.k,
+            "tuned_on": "valid",
+            "valid_perplexity": self.tuned.perplexity,
+            "valid_tokens": self.tuned.tokens,
+            "split": "test",
+            "tokens": len(self.test),
+            "base_perplexity": self.test.base_perplexity,
+            "memory_perplexity": self.test.memory_perplexity(*settings),
+            "oracle_perplexity": self.test.oracle(*settings),
+            "perplexity": self.test.perplexity(self.tuned.lmbda, *settings),
+        }
+
+
+def measure(
+    name: str,
+    valid: TokenScores,
+    test: TokenScores,
+    *,
+    temperatures: Sequence[float] | None = None,
+    ks: Sequence[int] | None = None,
+    lmbdas: Sequence[float] | None = None,
+) -> Measured:
+    """Fit the settings of a memory on valid and apply them to test.
+
+    Args:
+        name: of the setting.
+        valid, test: scores of the same memory on the two splits.
+        temperatures, ks, lmbdas: candidates, see `tuning.fit`; ks None: the k that was scored, as
+            in the paper.
+    """
+    if valid.k is not None and ks is None:
+        ks = [valid.k]
+    tuned = fit(valid, ks=ks, temperatures=temperatures, lmbdas=lmbdas)
+    log_probs = test.log_probs(tuned.lmbda, tuned.temperature, tuned.k)
+    return Measured(name, tuned, test, log_probs)
+
+
+def against(study: Study, a: Measured, b: Measured | None = None) -> Comparison:
+    """Compare two settings on test; without a second, setting a with the model alone."""
+    other = a.test.lm_log_probs if b is None else b.log_probs
+    return compare(
+        a.log_probs, other, a.test.documents,
+        seed=study.settings.seed, resamples=study.settings.resamples,
+    )  # fmt: skip

@@ -1,0 +1,80 @@
+"""Parts of a datastore: a uniform sample of its entries, without copying a key.
+
+A datastore is cut once, at random, into disjoint parts at the sizes of the paper's figure 2. The
+entries up to any of those sizes are a union of parts, and its k nearest neighbours are the k best
+of the parts' own: each part is indexed and searched once, whatever number of sizes is asked for.
+
+Shape suffixes: N entry, Q query, K neighbour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knnlm_hf.types import KeyRows
+
+SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Shares of the datastore, as in the paper's figure 2."""
+
+
+def cut(entries: int, seed: int) -> list[Tensor]:
+    """Cut entries 0 … N−1 into as many disjoint parts as there are `SIZES`.
+
+    Returns:
+        for each size the entries that it has beyond the size before, in ascending order; parts
+        1 … i are a uniform sample of round(SIZES[i] · N) entries without replacement.
+    """
+    order_N = np.random.default_rng(seed).permutation(entries)
+    ends = [round(size * entries) for size in SIZES]
+    return [
+        torch.from_numpy(np.sort(order_N[start:end]))
+        for start, end in zip([0, *ends], ends, strict=False)
+    ]
+
+
+class ChosenRows:
+    """Some rows of a store's keys, read where they lie; a `KeyRows`.
+
+    Args:
+        keys: all keys.
+        ids_N: the rows that are here, in their new order.
+    """
+
+    def __init__(self, keys: KeyRows, ids_N: Tensor) -> None:
+        self.keys, self.ids_N = keys, ids_N
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.keys.dim
+
+    def __len__(self) -> int:
+        return len(self.ids_N)
+
+    def __getitem__(self, ids: Any) -> Tensor:
+        rows: Tensor = self.keys[self.ids_N[ids]]
+        return rows
+
+    def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order as (first number, (≤ size, D))."""
+        for first in range(0, len(self), size):
+            yield first, self.keys[self.ids_N[first : first + size]]
+
+
+def nearest_of(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The K best of two disjoint sets of neighbours, nearest first.
+
+    Args:
+        ours: similarity (Q, K) and whether each neighbour carries the target, (Q, K) bool.
+        theirs: the same of the other set; K may differ: the larger is kept.
+    """
+    similarity = torch.cat([ours[0], theirs[0]], dim=1)
+    is_target = torch.cat([ours[1], theirs[1]], dim=1)
+    k = max(ours[0].shape[1], theirs[0].shape[1])
+    best_QK, where_QK = similarity.topk(k, dim=1)
+    return best_QK, is_target.gather(1, where_QK)

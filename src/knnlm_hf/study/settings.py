@@ -1,0 +1,60 @@
+"""How large a study is: every budget in one place, and part of what its results depend on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from knnlm_hf.errors import SettingError
+from knnlm_hf.types import check_count, check_k
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The size of a study; None means everything there is.
+
+    Raises:
+        SettingError: a value out of range.
+    """
+
+    train_tokens: int | None = None
+    """Tokens of the training text that are used, from its beginning."""
+    eval_tokens: int | None = None
+    """Tokens scored of each of valid and test, in windows spread evenly over the split."""
+    exact_comparisons: float = 6e10
+    """Queries × entries that one exact search may cost; fewer evaluation tokens beyond that."""
+    k: int = 1024
+    """Neighbours per query."""
+    head_tokens: int | None = None
+    """Examples that the training of one head may see, epochs included; None: the recipe's own."""
+    lm_tokens: int | None = None
+    """Tokens that the training of one language model may see, epochs included."""
+    batch_size: int = 8
+    """Windows per forward pass."""
+    resamples: int = 2000
+    """Bootstrap samples of each comparison."""
+    seed: int = 0
+    """Of every random choice."""
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        for name in ("train_tokens", "eval_tokens", "head_tokens", "lm_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in ("batch_size", "resamples"):
+            check_count(name, getattr(self, name))
+        if not self.exact_comparisons > 0:
+            raise SettingError(
+                f"exact_comparisons is {self.exact_comparisons!r}, expected a number above 0"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+QUICK: dict[str, Any] = {
+    "train_tokens": 250_000, "eval_tokens": 6_000, "exact_comparisons": 3e9,
+    "head_tokens": 100_000, "lm_tokens": 100_000, "resamples": 1000,
+}  # fmt: skip
+"""What `--quick` sets: ten minutes on two cores for a small model; few findings are certain."""

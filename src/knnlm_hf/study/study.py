@@ -1,0 +1,163 @@
+"""What experiments are given: a model, three splits, and everything made of them, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from knnlm_hf import identity
+from knnlm_hf.build import Datastore
+from knnlm_hf.capture import find
+from knnlm_hf.errors import CaptureError
+from knnlm_hf.study.corpora import Text, read_text
+from knnlm_hf.study.forward import (
+    Evaluation,
+    evaluate,
+    load_evaluation,
+    rows_of,
+    save_evaluation,
+    spread,
+)
+from knnlm_hf.study.settings import Settings
+from knnlm_hf.study.workspace import Workspace, digest
+from knnlm_hf.windows import Window, check_window
+
+Split = Literal["train", "valid", "test"]
+
+
+class Study:
+    """A model, a corpus in three splits, a size, and a workspace.
+
+    Everything here is made when it is first asked for, kept in the workspace, and found there by
+    the next experiment and the next run.
+
+    Args:
+        model: a causal language model.
+        tokenizer: needed where a split is text.
+        train, valid, test: corpora, as for `Datastore.build`.
+        folder: the workspace.
+        settings: budgets.
+        show: progress bars on stderr.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        train: Any,
+        valid: Any,
+        test: Any,
+        folder: str | Path,
+        settings: Settings | None = None,
+        show: bool = True,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.workspace = Workspace(folder)
+        self.settings = settings or Settings()
+        self.show = show
+        self._corpora = {"train": train, "valid": valid, "test": test}
+        self._texts: dict[str, Text] = {}
+        self._config = model.config.get_text_config(decoder=True)
+        self.window, self.stride = check_window(None, None, self._config)
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return int(self._config.vocab_size)
+
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """Those of att and ffn that the model has; final where it has neither."""
+        found = tuple(layer for layer in ("att", "ffn") if _has(self.model, layer))
+        return found or ("final",)
+
+    def text(self, split: Split) -> Text:
+        """The documents of a split as token ids; of train, the first `train_tokens`."""
+        if split not in self._texts:
+            limit = self.settings.train_tokens if split == "train" else None
+            self._texts[split] = read_text(
+                self._corpora[split], self.tokenizer, self._config, limit, self.workspace
+            )
+        return self._texts[split]
+
+    def rows(self, split: Split) -> list[Window]:
+        """The windows of valid or test that are scored: `eval_tokens` predictions in all."""
+        everything = rows_of(self.text(split).documents, self.window, self.stride)
+        return spread(everything, self.settings.eval_tokens)
+
+    @cached_property
+    def model_digest(self) -> str:
+        """Identifies the model by its weights and configuration, not by its name."""
+        return model_digest(self.model)
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """All that results depend on: the model, the tokens of the splits, the settings."""
+        splits: tuple[Split, ...] = ("train", "valid", "test")
+        return {
+            "model": self.model_digest,
+            **{split: self.text(split).digest for split in splits},
+            "settings": self.settings.to_dict(),
+        }
+
+    def keep(
+        self, kind: str, name: str, inputs: dict[str, Any], make: Callable[[Path], object]
+    ) -> Path:
+        """Something of an experiment's own, made once; see `Workspace.keep`."""
+        return self.workspace.keep(kind, name, inputs, make)
+
+    def evaluation(self, split: Split, model: Any = None, name: str = "base") -> Evaluation:
+        """A split as a model sees it: log-probabilities, and the states of all `layers`.
+
+        Args:
+            split: valid or test.
+            model: another model, on the same tokens (one that was trained further, say).
+            name: of that model, for people.
+        """
+        chosen = self.model if model is None else model
+        inputs = {
+            "model": self.model_digest if model is None else model_digest(model),
+            "text": self.text(split).digest,
+            "eval_tokens": self.settings.eval_tokens,
+            "layers": self.layers,
+        }
+
+        def make(path: Path) -> None:
+            found = evaluate(
+                chosen, self.rows(split), self.layers,
+                batch_size=self.settings.batch_size, show=self.show,
+            )  # fmt: skip
+            save_evaluation(found, path)
+
+        return load_evaluation(self.keep("evaluations", f"{name}-{split}", inputs, make))
+
+    def store(self, layer: str = "att") -> Datastore:
+        """The datastore of the training text at a layer."""
+        inputs = {
+            "model": self.model_digest, "text": self.text("train").digest, "layer": layer,
+        }  # fmt: skip
+
+        def make(path: Path) -> None:
+            Datastore.build(
+                self.model, self.text("train").documents, path, tokenizer=self.tokenizer,
+                layer=layer, batch_size=self.settings.batch_size, progress=self.show,
+            )  # fmt: skip
+
+        return Datastore.open(self.workspace.keep("stores", layer, inputs, make, resumes=True))
+
+
+def model_digest(model: Any) -> str:
+    """Identifies a model by a sample of its weights and its configuration."""
+    facts = identity.describe(model)
+    return digest([facts["config"], facts["weights"], str(model.dtype)])
+
+
+def _has(model: Any, layer: str) -> bool:
+    try:
+        find(model, layer)
+    except CaptureError:
+        return False
+    return True
