@@ -40,7 +40,7 @@ def test_two_neighbours_of_one_token_are_summed():
 def test_the_mixture_by_hand():
     lm = torch.tensor([[0.5, 0.25, 0.25]]).log()
     knn = torch.tensor([[1.0, 0.0, 0.0]]).log()
-    mixed = interpolation.mix_distributions(lm, knn, 0.2)
+    mixed = interpolation.mix_distributions(lm, [knn], [0.2])
     assert torch.allclose(mixed.exp(), torch.tensor([[0.6, 0.2, 0.2]]))
     # A word that no neighbour carries has exactly log(1−λ) + log P_LM.
     assert mixed[0, 1].item() == pytest.approx(math.log(0.8) + math.log(0.25), abs=1e-6)
@@ -77,7 +77,7 @@ def test_a_query_without_hits_is_the_model_alone():
     knn = interpolation.knn_log_probs(similarity, tokens, 1.0, 3)
     assert (knn == -INF).all()
     lm = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    assert torch.equal(interpolation.mix_distributions(lm, knn, 0.9), lm)
+    assert torch.equal(interpolation.mix_distributions(lm, [knn], [0.9]), lm)
     assert (interpolation.knn_weights(similarity, 1.0) == -INF).all()
 
 
@@ -92,7 +92,7 @@ def test_a_missing_hit_gives_nothing_to_any_token():
 def test_every_dtype_gives_float32(dtype):
     lm = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).log_softmax(-1).to(dtype)
     knn = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)).log_softmax(-1).to(dtype)
-    mixed = interpolation.mix_distributions(lm, knn, 0.5)
+    mixed = interpolation.mix_distributions(lm, [knn], [0.5])
     assert mixed.dtype == torch.float32
     expected = np.log(0.5 * np.exp(lm.double().numpy()) + 0.5 * np.exp(knn.double().numpy()))
     np.testing.assert_allclose(mixed.numpy(), expected, atol=1e-5)
@@ -100,7 +100,7 @@ def test_every_dtype_gives_float32(dtype):
 
 def test_lambda_zero_is_exactly_the_model():
     lm = torch.randn(3, 7).log_softmax(-1)
-    assert torch.equal(interpolation.mix(lm, torch.full((3, 7), -INF), 0.0), lm)
+    assert torch.equal(interpolation.mix(lm, [torch.full((3, 7), -INF)], [0.0]), lm)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, INF, math.nan])

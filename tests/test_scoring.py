@@ -11,6 +11,7 @@ from datasets import Dataset
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, score
 from knnlm_hf.errors import CorpusError, KNNLMError, ModelMismatchError, SettingError
 from knnlm_hf.interpolation import knn_log_probs
+from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
 
 K, T, LMBDA = 12, 40.0, 0.3
@@ -214,8 +215,13 @@ def test_queries_without_any_hit_leave_the_model_alone():
     scores = TokenScores(
         lm_log_probs=lm, tokens=torch.tensor([0, 1]),
         documents=torch.zeros(2), context=torch.ones(2),
-        similarity=torch.tensor([[-math.inf, -math.inf], [0.0, -math.inf]]),
-        is_target=torch.tensor([[False, False], [False, False]]), lmbda=0.5,
+        memories=(
+            Evidence(
+                similarity=torch.tensor([[-math.inf, -math.inf], [0.0, -math.inf]]),
+                is_target=torch.tensor([[False, False], [False, False]]),
+            ),
+        ),
+        lmbdas=(0.5,),
     )  # fmt: skip
     assert scores.log_probs().tolist() == pytest.approx([-1.0, -2.0 + math.log(0.5)])
 

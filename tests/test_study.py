@@ -158,7 +158,9 @@ class TestParts:
         whole = retrieval.scores(one, "test", search="exact")
         sizes = list(retrieval.scores_by_size(one, "test"))
         assert [size for size, _ in sizes] == list(SIZES)
-        torch.testing.assert_close(sizes[-1][1].similarity, whole.similarity)
+        torch.testing.assert_close(
+            sizes[-1][1].memories[0].similarity, whole.memories[0].similarity
+        )
         assert sizes[-1][1].perplexity(0.3, 5.0) == pytest.approx(whole.perplexity(0.3, 5.0))
 
 
@@ -251,7 +253,9 @@ class TestRun:
         resumed = retrieval.scores(study(tmp_path), "test")
         assert store.stat().st_mtime_ns == before
         fresh = retrieval.scores(study(tmp_path / "fresh"), "test")
-        torch.testing.assert_close(resumed.similarity, fresh.similarity, rtol=0, atol=0)
+        torch.testing.assert_close(
+            resumed.memories[0].similarity, fresh.memories[0].similarity, rtol=0, atol=0
+        )
 
     def test_settings_are_checked(self):
         with pytest.raises(SettingError, match="eval_tokens is 0"):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, tune
 from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.tuning import fit
 
@@ -27,22 +29,28 @@ def table(seed=0, n=301, k=50, hit_share=0.1, dead=0.03):
         tokens=torch.zeros(n, dtype=torch.int32),
         documents=torch.zeros(n, dtype=torch.int32),
         context=torch.ones(n, dtype=torch.int32),
-        similarity=similarity,
-        is_target=is_target & (similarity > -math.inf),
-        temperature=10.0,
+        memories=(
+            Evidence(
+                similarity=similarity,
+                is_target=is_target & (similarity > -math.inf),
+                temperature=10.0,
+            ),
+        ),
+        lmbdas=(0.0,),
     )
 
 
 def loop_perplexity(scores, lmbda, t, k):
     total = 0.0
     lm = scores.lm_log_probs.double().numpy()
+    (found,) = scores.memories
     for n in range(len(scores)):
-        row = scores.similarity[n, :k].double().numpy()
+        row = found.similarity[n, :k].double().numpy()
         if row[0] == -math.inf:
             total += lm[n]
             continue
         weights = np.exp((row - row[0]) / t)
-        p = weights[scores.is_target[n, :k].numpy()].sum() / weights.sum()
+        p = weights[found.is_target[n, :k].numpy()].sum() / weights.sum()
         total += math.log((1 - lmbda) * math.exp(lm[n]) + lmbda * p)
     return math.exp(-total / len(scores))
 
@@ -87,7 +95,9 @@ def test_without_a_grid_lambda_is_the_exact_optimum():
 
 def test_a_memory_that_does_not_help_is_said_to():
     scores = table(4)
-    useless = TokenScores(**{**scores.__dict__, "is_target": torch.zeros_like(scores.is_target)})
+    (found,) = scores.memories
+    nothing = replace(found, is_target=torch.zeros_like(found.is_target))
+    useless = replace(scores, memories=(nothing,))
     best = fit(useless)
     assert best.lmbda == 0
     assert not best.helps
@@ -97,10 +107,11 @@ def test_a_memory_that_does_not_help_is_said_to():
 
 def test_a_memory_without_search_has_only_lambda():
     n = 200
+    half = torch.where(torch.arange(n) < n // 2, math.log(0.9), -math.inf)
     scores = TokenScores(
         lm_log_probs=torch.full((n,), math.log(0.1)), tokens=torch.zeros(n),
         documents=torch.zeros(n), context=torch.ones(n),
-        memory_scores=torch.where(torch.arange(n) < n // 2, math.log(0.9), -math.inf),
+        memories=(Evidence(scores=half),), lmbdas=(0.0,),
     )  # fmt: skip
     best = fit(scores)
     # Half at log(0.1 + 0.8 λ), half at log(0.1 (1−λ)): derivative zero at λ = (0.8 − 0.1) / 1.6.

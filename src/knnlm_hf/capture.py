@@ -61,7 +61,7 @@ class CapturePoint:
 
 
 class Collector:
-    """What a `capturing` block has heard so far."""
+    """What has passed at `point` so far; `then` is called with it before the model goes on."""
 
     def __init__(
         self,
@@ -252,26 +252,24 @@ def _name(model: nn.Module) -> str:
 
 
 @contextmanager
-def capturing(
-    point: CapturePoint,
-    *,
-    then: Callable[[Collector], None] | None = None,
-    _stop: bool = False,
-) -> Iterator[Collector]:
-    """Collect what passes at `point` while the block is open, in this thread or context only.
-
-    Blocks nest: each hears its own point.
-
-    Args:
-        point: from `find`.
-        then: called with the collector each time something passed, before the model goes on.
-    """
-    collector = Collector(point, _stop, then)
-    token = _active.set((*_active.get(), collector))
+def listening(collectors: Iterable[Collector]) -> Iterator[None]:
+    """Let all `collectors` hear while the block is open, in this thread or context only."""
+    token = _active.set((*_active.get(), *collectors))
     try:
-        yield collector
+        yield
     finally:
         _active.reset(token)
+
+
+@contextmanager
+def capturing(point: CapturePoint, *, _stop: bool = False) -> Iterator[Collector]:
+    """Collect what passes at `point` (from `find`) while the block is open; see `listening`.
+
+    Blocks nest: each hears its own point.
+    """
+    collector = Collector(point, _stop)
+    with listening([collector]):
+        yield collector
 
 
 @torch.no_grad()

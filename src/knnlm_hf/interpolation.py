@@ -1,16 +1,19 @@
 """Pure torch: similarities → log-probabilities → mixture, all in float32.
 
-    P(w|c) = (1−λ) · P_LM(w|c)  +  λ · Σ_{i: value_i = w} softmax(similarity / t)_i
+    P(w|c) = (1−Σλ_i) · P_LM(w|c)  +  Σ λ_i · P_i(w|c),
+    of a kNN memory: P_i(w|c) = Σ_{j: value_j = w} softmax(similarity / t)_j
 
 Everything stays in log space, so that a neighbour of weight e⁻²⁰⁰ is not lost and a word that no
 neighbour carries is exactly −inf. A missing hit (similarity −inf, token −1) weighs nothing; a query
-without any hit has the kNN log-probability −inf everywhere, and the mixture is then the language
-model alone. No function here returns NaN for finite input.
+without any hit has the kNN log-probability −inf everywhere, and gives its share λ to the language
+model. No function here returns NaN for finite input.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -90,35 +93,58 @@ def token_knn_log_probs(similarity_QK: Tensor, is_target_QK: Tensor, temperature
     return torch.logsumexp(log_weights_QK.masked_fill(~is_target_QK, -_INF), dim=-1)
 
 
-def mix(lm: Tensor, memory: Tensor, lmbda: float, has_memory: Tensor | None = None) -> Tensor:
-    """Log of the mixture: log((1−λ)·exp(lm) + λ·exp(memory)).
+def mix(
+    lm: Tensor,
+    memories: Sequence[Tensor],
+    lmbdas: Sequence[float],
+    has_hit: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Log of the mixture: log((1−Σλ_i)·exp(lm) + Σ λ_i·exp(memory_i)).
 
     Args:
         lm: (...) log-probabilities of the language model.
-        memory: log-probabilities of the memory, same shape, −inf allowed.
-        lmbda: 0 ≤ λ < 1. At λ = 0 the result is `lm` itself.
-        has_memory: bool, broadcastable to `lm`; where False the memory had nothing to say (no hit)
-            and the result is `lm` itself. Default: everywhere True.
+        memories: of each memory, log-probabilities of the same shape, −inf allowed.
+        lmbdas: λ_i ≥ 0 of each, Σλ_i < 1. A memory of λ 0 changes nothing.
+        has_hit: for each memory None, or bools broadcastable to `lm`: where False the memory had
+            nothing to say (no hit), is −inf, and its share is the model's.
 
     Returns:
-        (...) float32. Where `memory` is −inf: log(1−λ) + lm.
+        (...) float32. Where all memories are −inf: log(1−Σλ_i) + lm, and `lm` itself without a hit.
 
     Example:
 
-        >>> mix(torch.tensor([0.5, 0.5]).log(), torch.tensor([1.0, 0.0]).log(), 0.2).exp()
+        >>> certain, even = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
+        >>> mix(even.log(), [certain.log()], [0.2]).exp()
         tensor([0.6000, 0.4000])
+        >>> mix(even.log(), [certain.log(), certain.flip(0).log()], [0.2, 0.1]).exp()
+        tensor([0.5500, 0.4500])
     """
-    lm = lm.float()
-    if lmbda == 0:
-        return lm
-    mixed = torch.logaddexp(lm + math.log1p(-lmbda), memory.float() + math.log(lmbda))
-    return mixed if has_memory is None else torch.where(has_memory, mixed, lm)
+    hits = [None] * len(memories) if has_hit is None else has_hit
+    terms = [t for t in zip(memories, lmbdas, hits, strict=True) if t[1] > 0]
+    mixed = lm.float()
+    if terms:
+        mixed = mixed + _log_rest([(lmbda, hit) for _, lmbda, hit in terms])
+    for memory, lmbda, _ in terms:
+        mixed = torch.logaddexp(mixed, memory.float() + math.log(lmbda))
+    return mixed
 
 
-def mix_distributions(lm_V: Tensor, memory_V: Tensor, lmbda: float) -> Tensor:
-    """`mix` of whole distributions (..., V); a memory row of only −inf leaves the model's row."""
-    has_memory = (memory_V > -_INF).any(dim=-1, keepdim=True)
-    return mix(lm_V, memory_V, lmbda, has_memory)
+def _log_rest(shares: Sequence[tuple[float, Tensor | None]]) -> float | Tensor:
+    """log(1 − Σ λ_i) over the memories that have a hit: the model's own share."""
+    sure = math.fsum(lmbda for lmbda, hit in shares if hit is None)
+    unsure = [(lmbda, hit) for lmbda, hit in shares if hit is not None]
+    if not unsure:
+        return math.log1p(-sure)
+    taken = functools.reduce(torch.add, (hit.double() * lmbda for lmbda, hit in unsure))
+    return torch.log1p(-sure - taken).float()
+
+
+def mix_distributions(
+    lm_V: Tensor, memories_V: Sequence[Tensor], lmbdas: Sequence[float]
+) -> Tensor:
+    """`mix` of whole distributions (..., V); a memory's row of only −inf leaves its share."""
+    has_hit = [memory_V.amax(dim=-1, keepdim=True) > -_INF for memory_V in memories_V]
+    return mix(lm_V, memories_V, lmbdas, has_hit)
 
 
 def default_temperature(similarity_QK: Tensor) -> float:

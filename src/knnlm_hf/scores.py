@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from knnlm_hf.errors import KNNLMError, SettingError
-from knnlm_hf.interpolation import mix, token_knn_log_probs
-from knnlm_hf.types import check_k, check_lmbda, check_temperature
-
-_CHUNK = 1 << 24  # similarities worked on at a time
+from knnlm_hf.errors import KNNLMError
+from knnlm_hf.interpolation import mix
+from knnlm_hf.memory import Evidence
+from knnlm_hf.types import check_lmbda, check_lmbdas, each, one_or_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class TokenScores:
     """One row per predicted token of a corpus, in corpus order: N rows.
 
     Any (k, t, λ) is arithmetic on this table, so nothing is ever searched twice. All tensors are
-    on the CPU.
+    on the CPU. Where there are several memories, each has its own k, t and λ.
     """
 
     lm_log_probs: Tensor
@@ -32,16 +33,10 @@ class TokenScores:
     """(N,) int32, which corpus item it stands in."""
     context: Tensor
     """(N,) int32, how many tokens the model saw before it, in its window."""
-    similarity: Tensor | None = None
-    """(N, K) float32, nearest first, −inf for a missing hit; None for a memory without search."""
-    is_target: Tensor | None = None
-    """(N, K) bool, whether the neighbour carries the token."""
-    memory_scores: Tensor | None = None
-    """(N,) float32, log-probability of a memory that does not search."""
-    lmbda: float = 0.0
-    """λ of the scored model: the default of every figure below."""
-    temperature: float = 1.0
-    """t of the scored memory, likewise."""
+    memories: tuple[Evidence, ...] = ()
+    """What each memory of the scored model said, N rows each; empty for a plain model."""
+    lmbdas: tuple[float, ...] = ()
+    """λ of each in the scored model: the default of every figure below."""
     words: int | None = None
     """Whitespace-separated words of the corpus, where it was text."""
     model_seconds: float = 0.0
@@ -53,58 +48,57 @@ class TokenScores:
         return self.lm_log_probs.shape[0]
 
     @property
-    def k(self) -> int | None:
-        """Neighbours kept per token; None without kNN."""
-        return None if self.similarity is None else self.similarity.shape[1]
+    def has_memory(self) -> bool:
+        """Whether a memory was scored beside the model."""
+        return bool(self.memories)
 
-    def memory_log_probs(self, temperature: float | None = None, k: int | None = None) -> Tensor:
-        """(N,) float32, log-probability of each token under the memory alone; −inf is possible."""
-        if self.memory_scores is not None:
-            if temperature is not None or k is not None:
-                raise SettingError("these scores come from a memory without k and temperature")
-            return self.memory_scores
-        similarity_NK, is_target_NK = self._neighbours(k)
-        t = self.temperature if temperature is None else check_temperature(temperature)
-        rows = max(1, _CHUNK // max(1, similarity_NK.shape[1]))
-        parts = [
-            token_knn_log_probs(similarity, is_target, t)
-            for similarity, is_target in zip(
-                torch.split(similarity_NK, rows), torch.split(is_target_NK, rows), strict=True
-            )
-        ]
-        return torch.cat(parts) if parts else torch.empty(0)
+    @property
+    def lmbda(self) -> Any:
+        """λ of the scored model, 0 without a memory; of several memories the tuple."""
+        return one_or_all(self.lmbdas) if self.memories else 0.0
 
-    def log_probs(
-        self,
-        lmbda: float | None = None,
-        temperature: float | None = None,
-        k: int | None = None,
-    ) -> Tensor:
-        """(N,) float32, log-probability of each token under the mixture."""
-        weight = self.lmbda if lmbda is None else check_lmbda(lmbda)
-        if not self.has_memory or (weight == 0 and temperature is None and k is None):
-            if weight > 0:
-                raise KNNLMError("these are the scores of a model without memory: lmbda must be 0")
-            return self.lm_log_probs
-        memory = self.memory_log_probs(temperature, k)
-        return mix(self.lm_log_probs, memory, weight, self.has_hit)
+    @property
+    def temperature(self) -> Any:
+        """t of the scored memory, None without one; of several memories the tuple."""
+        return one_or_all([found.temperature for found in self.memories]) if self.memories else None
 
-    def nll(
-        self,
-        lmbda: float | None = None,
-        temperature: float | None = None,
-        k: int | None = None,
-    ) -> float:
+    @property
+    def k(self) -> Any:
+        """Neighbours kept per token, None without kNN; of several memories the tuple."""
+        return one_or_all([found.k for found in self.memories]) if self.memories else None
+
+    def memory_log_probs(self, temperature: Any = None, k: Any = None) -> Tensor:
+        """(N,) float32, log-probability of each token under the memory alone; −inf is possible.
+
+        Of n memories (n, N).
+        """
+        answers = self._answers(temperature, k)
+        return answers[0] if len(answers) == 1 else torch.stack(answers)
+
+    def log_probs(self, lmbda: Any = None, temperature: Any = None, k: Any = None) -> Tensor:
+        """(N,) float32, log-probability of each token under the mixture; see `perplexity`."""
+        lmbdas = self.lmbdas if lmbda is None else self._checked(lmbda)
+        settings = zip(
+            self.memories, lmbdas, self._each("temperature", temperature), self._each("k", k),
+            strict=True,
+        )  # fmt: skip
+        asked = [one for one in settings if one[1] > 0 or one[2:] != (None, None)]
+        return mix(
+            self.lm_log_probs,
+            [found.log_probs(t, k) for found, _, t, k in asked],
+            [lmbda for _, lmbda, _, _ in asked],
+            [found.has_hit for found, _, _, _ in asked],
+        )
+
+    def nll(self, lmbda: Any = None, temperature: Any = None, k: Any = None) -> float:
         """Mean negative log-likelihood of the mixture per token, in nats, summed in float64."""
         return _mean_nll(self.log_probs(lmbda, temperature, k))
 
-    def perplexity(
-        self,
-        lmbda: float | None = None,
-        temperature: float | None = None,
-        k: int | None = None,
-    ) -> float:
+    def perplexity(self, lmbda: Any = None, temperature: Any = None, k: Any = None) -> float:
         """exp(mean negative log-likelihood) of the mixture, per token.
+
+        Of several memories each setting is a list with one value per memory (None: its own t or
+        k), or one value: λ is then divided equally, t and k go to every memory that searches.
 
         Args:
             lmbda: 0 ≤ λ < 1; default: the scored model's.
@@ -114,10 +108,7 @@ class TokenScores:
         return exp(self.nll(lmbda, temperature, k))
 
     def word_perplexity(
-        self,
-        lmbda: float | None = None,
-        temperature: float | None = None,
-        k: int | None = None,
+        self, lmbda: Any = None, temperature: Any = None, k: Any = None
     ) -> float | None:
         """exp(total negative log-likelihood / words); None where the corpus was no text.
 
@@ -132,33 +123,38 @@ class TokenScores:
         """Perplexity of the language model alone."""
         return exp(_mean_nll(self.lm_log_probs))
 
-    def memory_perplexity(self, temperature: float | None = None, k: int | None = None) -> float:
-        """Perplexity of the memory alone: ∞ as soon as one token has no neighbour carrying it."""
-        return exp(_mean_nll(self.memory_log_probs(temperature, k)))
+    def memory_perplexity(self, temperature: Any = None, k: Any = None) -> Any:
+        """Perplexity of the memory alone: ∞ as soon as one token has no neighbour carrying it.
 
-    def oracle(self, temperature: float | None = None, k: int | None = None) -> float:
-        """Perplexity if each token took the better of the two components (paper, section 3)."""
-        memory = self.memory_log_probs(temperature, k)
-        return exp(_mean_nll(torch.maximum(self.lm_log_probs, memory)))
+        Of several memories the tuple.
+        """
+        return one_or_all([exp(_mean_nll(one)) for one in self._answers(temperature, k)])
 
-    @property
-    def has_memory(self) -> bool:
-        """Whether a memory was scored beside the model."""
-        return self.similarity is not None or self.memory_scores is not None
+    def oracle(self, temperature: Any = None, k: Any = None) -> float:
+        """Perplexity if each token took the best of all components (paper, section 3)."""
+        best = functools.reduce(torch.maximum, self._answers(temperature, k), self.lm_log_probs)
+        return exp(_mean_nll(best))
 
-    def _neighbours(self, k: int | None) -> tuple[Tensor, Tensor]:
-        if self.similarity is None or self.is_target is None:
+    def _answers(self, temperature: Any, k: Any) -> list[Tensor]:
+        """(N,) log-probabilities of each memory alone."""
+        if not self.memories:
             raise KNNLMError("these are the scores of a model without memory")
-        kept = self.similarity.shape[1]
-        k = kept if k is None else check_k(k)
-        if k > kept:
-            raise SettingError(f"k is {k}, but only {kept} neighbours were scored: score again")
-        return self.similarity[:, :k], self.is_target[:, :k]
+        settings = self._each("temperature", temperature), self._each("k", k)
+        return [found.log_probs(*s) for found, *s in zip(self.memories, *settings, strict=True)]
 
-    @property
-    def has_hit(self) -> Tensor | None:
-        """(N,) bool, whether the token's query found anything at all; None without search."""
-        return None if self.similarity is None else self.similarity[:, 0] > -math.inf
+    def _checked(self, lmbda: Any) -> tuple[float, ...]:
+        if self.memories:
+            return check_lmbdas(lmbda, len(self.memories))
+        if check_lmbda(lmbda) > 0:
+            raise KNNLMError("these are the scores of a model without memory: lmbda must be 0")
+        return ()
+
+    def _each(self, name: str, value: Any) -> tuple[Any, ...]:
+        """t or k of each memory; one value is for those that search, if there is one."""
+        values = each(name, value, len(self.memories))
+        if isinstance(value, list | tuple) or not any(found.k for found in self.memories):
+            return values
+        return tuple(value if found.k else None for found in self.memories)
 
     @staticmethod
     def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
@@ -166,21 +162,17 @@ class TokenScores:
         if not parts:
             raise KNNLMError("no scores to concatenate")
 
-        def join(name: str) -> Tensor | None:
-            columns = [getattr(part, name) for part in parts]
-            return None if columns[0] is None else torch.cat(columns)
-
+        memories = zip(*(part.memories for part in parts), strict=True)
         return replace(
             parts[0],
-            **{name: join(name) for name in _COLUMNS},  # type: ignore[arg-type]
+            **{n: torch.cat([getattr(part, n) for part in parts]) for n in _COLUMNS},  # type: ignore[arg-type]
+            memories=tuple(Evidence.concatenate(found) for found in memories),
             model_seconds=sum(part.model_seconds for part in parts),
             memory_seconds=sum(part.memory_seconds for part in parts),
         )
 
 
-_COLUMNS = (
-    "lm_log_probs", "tokens", "documents", "context", "similarity", "is_target", "memory_scores",
-)  # fmt: skip
+_COLUMNS = ("lm_log_probs", "tokens", "documents", "context")
 
 
 def _mean_nll(log_probs_N: Tensor) -> float:

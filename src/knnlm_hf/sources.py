@@ -20,10 +20,15 @@ def sources(explanations: Sequence[Explanation], top: int = 2) -> Table:
         table.add_row(
             escape(repr(position.predicted_text or position.predicted)),
             _share(position.lm_log_prob),
-            _share(position.memory_log_prob),
+            _shares(position.memory_log_prob),
             "\n".join(lines) or "(none among those shown)",
         )
     return table
+
+
+def _shares(log_probs: float | tuple[float, ...]) -> str:
+    """Of one memory or of several."""
+    return " + ".join(map(_share, log_probs if isinstance(log_probs, tuple) else (log_probs,)))
 
 
 def _share(log_prob: float) -> str:

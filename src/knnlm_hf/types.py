@@ -7,7 +7,7 @@ entry, D hidden dimension, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 from torch import Tensor
@@ -89,6 +89,35 @@ def check_lmbda(lmbda: Any) -> float:
     if not 0 <= value < 1:
         raise SettingError(f"lmbda is {lmbda!r}, expected 0 <= lmbda < 1")
     return value
+
+
+def check_lmbdas(lmbda: Any, count: int) -> tuple[float, ...]:
+    """Return one λ per memory: λ_i ≥ 0 and Σ λ_i < 1; raise `SettingError` otherwise.
+
+    Args:
+        lmbda: a list or tuple of `count` numbers, or one number, which is divided equally.
+        count: how many memories there are.
+    """
+    if not isinstance(lmbda, list | tuple):
+        return (check_lmbda(lmbda) / count,) * count
+    lmbdas = tuple(check_lmbda(value) for value in each("lmbda", lmbda, count))
+    if math.fsum(lmbdas) >= 1:
+        raise SettingError(f"lmbda is {lmbda!r}, expected a sum below 1: the rest is the model's")
+    return lmbdas
+
+
+def each(name: str, value: Any, count: int) -> tuple[Any, ...]:
+    """One setting per memory: a list or tuple of `count`, or anything else for all alike."""
+    if not isinstance(value, list | tuple):
+        return (value,) * count
+    if len(value) != count:
+        raise SettingError(f"{name} has {len(value)} values for {count} memories: give {count}")
+    return tuple(value)
+
+
+def one_or_all(values: Sequence[Any]) -> Any:
+    """The only value where there is one memory, else the tuple of all."""
+    return values[0] if len(values) == 1 else tuple(values)
 
 
 def _number(name: str, value: Any) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -41,39 +41,6 @@ class Memory(Protocol):
 
     def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Log-probability of one token per state: (..., D), (...) → (...) float32."""
-
-
-class Evidence(NamedTuple):
-    """What a memory knows of Q target tokens, kept so that k and t can be changed afterwards.
-
-    A kNN memory gives `similarity` and `is_target`; any other gives `log_probs`.
-    """
-
-    similarity: Tensor | None = None
-    """(Q, K) float32, nearest first, −inf for a missing hit."""
-    is_target: Tensor | None = None
-    """(Q, K) bool: neighbour k carries the target."""
-    log_probs: Tensor | None = None
-    """(Q,) float32."""
-
-
-def evidence(
-    memory: Memory, hidden_QD: Tensor, tokens_Q: Tensor, exclude_Q: Tensor | None = None
-) -> Evidence:
-    """What `memory` says of each target, in the form that keeps most settings open.
-
-    Args:
-        memory: any memory.
-        hidden_QD: (Q, D) captured states.
-        tokens_Q: (Q,) target tokens.
-        exclude_Q: (Q,) entry numbers that a query must not find, for a memory that can search.
-    """
-    if not hasattr(memory, "search"):
-        if exclude_Q is not None:
-            raise KNNLMError("only a memory with a datastore can exclude entries by number")
-        return Evidence(log_probs=memory.token_log_probs(hidden_QD, tokens_Q))
-    near = memory.search(hidden_QD, exclude=exclude_Q)
-    return Evidence(near.similarity, near.tokens == tokens_Q.to(near.tokens.device)[:, None])
 
 
 def as_memory(source: Any) -> Memory:

@@ -8,7 +8,7 @@ model alone. A model's step for one token is bound by memory, so it does not mis
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,28 +23,23 @@ _MOST_TOKENS = 16
 
 
 class Ahead:
-    """The memory's answer to one forward, asked for as soon as its states pass by.
+    """The memories' answers to one forward, each asked for as soon as its states pass by.
 
-    A context manager around the forward. It acts only where the answer is sure to be the same as
-    when asked afterwards: a memory that searches, on the CPU, a few tokens, no gradients.
+    A context manager around the forward. It acts only where the answers are sure to be the same as
+    when asked afterwards: memories that search, on the CPU, a few tokens, no gradients.
     """
 
-    def __init__(
-        self, memory: Any, tokens: Any, kept: Callable[[Collector], Tensor | None]
-    ) -> None:
-        """Prepare to ask `memory`.
+    def __init__(self, memories: Iterable[Any], tokens: Any) -> None:
+        """Prepare to ask `memories`.
 
         Args:
-            memory: any memory.
+            memories: any memories.
             tokens: the forward's input, (B, T) ids or (B, T, D) embeddings.
-            kept: from what was heard, the states of the positions that will have logits.
         """
         few = isinstance(tokens, Tensor) and tokens.shape[:2].numel() <= _MOST_TOKENS
-        on_cpu = few and tokens.device.type == "cpu"
-        self._acts = on_cpu and hasattr(memory, "search") and not torch.is_grad_enabled()
-        self._memory, self._kept = memory, kept
-        self._raw: Tensor | None = None
-        self._answer: Future[Tensor] | None = None
+        on_cpu = few and tokens.device.type == "cpu" and not torch.is_grad_enabled()
+        self._acts = on_cpu and any(_searches(memory) for memory in memories)
+        self._asked: dict[int, tuple[Tensor, Future[Tensor]]] = {}
         self._threads = 1
 
     def __enter__(self) -> Ahead:
@@ -57,19 +52,29 @@ class Ahead:
         if self._acts:
             torch.set_num_threads(self._threads)
 
-    def ask(self, heard: Collector) -> None:
-        """Begin to search for what was just heard; a later pass replaces an earlier one."""
-        self._raw = self._answer = None
-        if self._acts and heard.raw is not None and heard.raw.device.type == "cpu":
-            states = self._kept(heard)
+    def ask(self, memory: Any, heard: Collector, kept: Callable[[], Tensor | None]) -> None:
+        """Begin to search for what was just heard; a later pass replaces an earlier one.
+
+        Args:
+            memory: one of those prepared for.
+            heard: where its states have just passed.
+            kept: gives the states of the positions that will have logits.
+        """
+        self._asked.pop(id(heard), None)
+        on_cpu = heard.raw is not None and heard.raw.device.type == "cpu"
+        if self._acts and _searches(memory) and heard.raw is not None and on_cpu:
+            states = kept()
             if states is not None:
-                self._raw, self._answer = heard.raw, pool.submit(_ask, self._memory, states)
+                self._asked[id(heard)] = heard.raw, pool.submit(_ask, memory, states)
 
     def answer(self, heard: Collector) -> Tensor | None:
         """The log-probabilities for what was heard last, if they were asked for."""
-        if self._answer is None or self._raw is not heard.raw:
-            return None
-        return self._answer.result()
+        raw, answer = self._asked.get(id(heard), (None, None))
+        return answer.result() if answer is not None and raw is heard.raw else None
+
+
+def _searches(memory: Any) -> bool:
+    return hasattr(memory, "search")
 
 
 @torch.no_grad()

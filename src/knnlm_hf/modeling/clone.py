@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
@@ -52,3 +53,21 @@ def rebind(value: Any, old: nn.Module, new: nn.Module) -> Any:
         bound.__dict__.update({k: rebind(v, old, new) for k, v in value.__dict__.items()})
         return bound
     return value
+
+
+def forward_slot(model: nn.Module) -> str:
+    """The attribute whose forward accelerate's hook calls, if it hooked the model."""
+    return "_old_forward" if "_hf_hook" in model.__dict__ else "forward"
+
+
+def take_own_forward(clone: nn.Module) -> Callable[..., Any] | None:
+    """Take a forward that was put on the model object off its clone, and return it."""
+    slot = forward_slot(clone)
+    forward = clone.__dict__.get(slot)
+    if forward is None or getattr(forward, "__func__", None) is type(clone).forward:
+        return None
+    del clone.__dict__[slot]
+    if slot == "_old_forward":
+        clone.__dict__[slot] = MethodType(type(clone).forward, clone)
+    own: Callable[..., Any] = forward
+    return own

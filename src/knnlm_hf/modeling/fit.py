@@ -1,17 +1,17 @@
-"""What can be wrapped, whether a memory fits it, and whether it was changed since."""
+"""What can be wrapped, whether memories fit it, and whether it was changed since."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from knnlm_hf import identity
 from knnlm_hf.capture import CapturePoint, find
 from knnlm_hf.errors import KNNLMError, ModelMismatchError
-
-if TYPE_CHECKING:
-    from knnlm_hf.memory.base import Memory
+from knnlm_hf.memory.base import Memory, as_memory
+from knnlm_hf.types import each
 
 
 def base_of(model: Any) -> PreTrainedModel:
@@ -40,6 +40,39 @@ def base_of(model: Any) -> PreTrainedModel:
 
 def _has_head(model: Any) -> bool:
     return model.get_output_embeddings() is not None and model.can_generate()
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One memory of the mixture, and where it reads the model."""
+
+    memory: Memory
+    point: CapturePoint
+    """Where its states are captured."""
+    sliced: bool
+    """Whether the states there are already only those of the positions with logits."""
+
+
+def terms_of(
+    model: PreTrainedModel, memory: Any, layer: Any = None, allow_mismatch: bool = False
+) -> tuple[Term, ...]:
+    """Return the terms of `memory`, one or a list of them, after checking that each fits `model`.
+
+    Args:
+        model: from `base_of`.
+        memory: what `as_memory` takes, or a list or tuple of that.
+        layer: another name of the memory's place, or one for each (None: its own).
+        allow_mismatch: take what was made with another model or for another layer.
+    """
+    sources = memory if isinstance(memory, list | tuple) else [memory]
+    if not sources:
+        raise KNNLMError("no memory given: expected one, or a list of at least one")
+    terms = []
+    for source, name in zip(sources, each("layer", layer, len(sources)), strict=True):
+        one = as_memory(source)
+        point = check_fit(model, one, name or one.layer, allow_mismatch)
+        terms.append(Term(one, point, after_slicing(model, point)))
+    return tuple(terms)
 
 
 def check_fit(

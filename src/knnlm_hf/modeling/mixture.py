@@ -1,4 +1,4 @@
-"""One forward of the mixture: run the model, listen, ask the memory, mix.
+"""One forward of the mixture: run the model, listen, ask the memories, mix.
 
 Shape suffixes: B batch, T position, D hidden dimension, V vocabulary.
 """
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
-from knnlm_hf.capture import CapturePoint, Collector, arm, capturing
+from knnlm_hf.capture import Collector, arm, listening
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import mix_distributions
 from knnlm_hf.modeling.ahead import Ahead
 
 if TYPE_CHECKING:
     from knnlm_hf.memory.base import Memory
+    from knnlm_hf.modeling.fit import Term
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -28,13 +29,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Retrieval:
     """All that a wrapper has and its model has not."""
 
-    memory: Memory
-    lmbda: float
-    """λ."""
-    point: CapturePoint
-    """Where the memory's states are captured."""
-    sliced: bool
-    """Whether the states there are already only those of the positions with logits."""
+    terms: tuple[Term, ...]
+    """Its memories."""
+    lmbdas: tuple[float, ...]
+    """λ of each."""
     names: tuple[str, ...]
     """The arguments of the model's forward."""
     own_forward: Callable[..., Any] | None
@@ -68,10 +66,18 @@ def mixed_forward(
         mixture's.
     """
     call = _prepare(knn, own, args, kwargs)
-    ahead = _ahead(own, call)
-    with ahead, capturing(own.point, then=ahead.ask) as heard:
+    with call.ahead, listening(asked.heard for asked in call.asked):
         output = inner(**call.arguments)
-    return _finish(knn, own, call, output, heard, ahead)
+    return _finish(knn, own, call, output)
+
+
+class _Asked(NamedTuple):
+    """A memory that is asked in one forward; one with λ = 0 is not."""
+
+    term: Term
+    lmbda: float
+    """λ as it was at the start of the call."""
+    heard: Collector
 
 
 class _Call(NamedTuple):
@@ -79,8 +85,8 @@ class _Call(NamedTuple):
     """Of the model's forward, all by name."""
     labels: Tensor | None
     as_tuple: bool
-    lmbda: float
-    """λ as it was at the start of the call."""
+    asked: list[_Asked]
+    ahead: Ahead
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -95,30 +101,38 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     if return_dict is None:
         return_dict = getattr(knn.config, "return_dict", True)
     arguments["return_dict"] = True
-    arm(knn, own.point)
-    return _Call(arguments, arguments.pop("labels", None), not return_dict, own.lmbda)
+    labels = arguments.pop("labels", None)
+    return _Call(arguments, labels, not return_dict, *_listen(knn, own, arguments))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _ahead(own: Retrieval, call: _Call) -> Ahead:
-    def kept(heard: Collector) -> Tensor | None:
-        return None if call.lmbda == 0 else _heard_states(own, call.arguments, heard)
+def _listen(knn: Any, own: Retrieval, arguments: dict[str, Any]) -> tuple[list[_Asked], Ahead]:
+    """A collector for each memory to be asked, which is asked as soon as its states pass by."""
+    weighed = [pair for pair in zip(own.terms, own.lmbdas, strict=True) if pair[1] > 0]
+    ahead = Ahead([term.memory for term, _ in weighed], _inputs(arguments))
 
-    return Ahead(own.memory, _inputs(call.arguments), kept)
+    def collector(term: Term) -> Collector:
+        arm(knn, term.point)
+        return Collector(
+            term.point,
+            then=lambda heard: ahead.ask(
+                term.memory, heard, lambda: _heard_states(own, term, arguments, heard)
+            ),
+        )
+
+    return [_Asked(term, lmbda, collector(term)) for term, lmbda in weighed], ahead
 
 
 # Never compiled, nor what it calls: dynamo crashes in faiss, and inductor miscompiles logaddexp of
 # a log-softmax and a scatter_add (the second term vanishes).
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _finish(
-    knn: Any, own: Retrieval, call: _Call, output: Any, heard: Collector, ahead: Ahead
-) -> Any:
+def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     logits = output.logits
-    if call.lmbda == 0:
+    asked = [one for one in call.asked if one.heard.raw is not None]
+    if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
-    elif heard.raw is not None:  # an assistant that exits early never reaches the layer
-        states = _kept_states(own, call.arguments, heard, logits)
-        logits = mixture(logits, states, own.memory, call.lmbda, ahead.answer(heard))
+    if asked:
+        answers = [_answer(own, call, one, logits) for one in asked]
+        logits = mix_distributions(logits, answers, [one.lmbda for one in asked])
     changed: dict[str, Any] = {"logits": logits}
     if call.labels is not None:
         changed["loss"] = _loss(knn, logits, call.labels, output, call.arguments)
@@ -126,26 +140,24 @@ def _finish(
     return output.to_tuple() if call.as_tuple else output
 
 
-def mixture(
-    logits: Tensor, states: Tensor, memory: Memory, lmbda: float, answer: Tensor | None = None
-) -> Tensor:
-    """log P(w|c) = log((1−λ) · softmax(logits) + λ · P_memory(w | states)), in float32.
-
-    Args:
-        logits: (..., V), any float dtype.
-        states: (..., D), the same leading shape.
-        memory: its vocabulary may be smaller than V (padded embeddings), not larger.
-        lmbda: λ in (0, 1).
-        answer: the memory's log-probabilities for `states`, if they are there already.
-    """
-    lm = log_softmax(logits.float(), dim=-1)
-    return mix_distributions(lm, memory_log_probs(states, memory, lm, answer), lmbda)
+def _answer(own: Retrieval, call: _Call, asked: _Asked, lm: Tensor) -> Tensor:
+    """The memory's log-probabilities, for the positions of `lm`."""
+    early = call.ahead.answer(asked.heard)
+    states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
+    return memory_log_probs(states, asked.term.memory, lm, early)
 
 
 def memory_log_probs(
     states: Tensor, memory: Memory, like: Tensor, answer: Tensor | None = None
 ) -> Tensor:
-    """The memory's answer, on the device and with the vocabulary of `like` (..., V)."""
+    """The memory's answer, on the device and with the vocabulary of `like` (..., V).
+
+    Args:
+        states: (..., D).
+        memory: its vocabulary may be smaller than V (padded embeddings), not larger.
+        like: log-probabilities of the model.
+        answer: the memory's log-probabilities for `states`, if they are there already.
+    """
     if states.shape[-1] != memory.hidden_size:
         raise KNNLMError(
             f"the memory has {memory.hidden_size}-d states (layer {memory.layer!r}), the model "
@@ -162,10 +174,10 @@ def memory_log_probs(
 
 
 def _kept_states(
-    own: Retrieval, arguments: dict[str, Any], heard: Collector, logits: Tensor
+    own: Retrieval, term: Term, arguments: dict[str, Any], heard: Collector, logits: Tensor
 ) -> Tensor:
     """The captured states of exactly those positions that have logits."""
-    states = _heard_states(own, arguments, heard)
+    states = _heard_states(own, term, arguments, heard)
     shape = () if states is None else tuple(states.shape)
     if states is None or shape[:-1] != logits.shape[:-1]:
         raise KNNLMError(
@@ -175,9 +187,11 @@ def _kept_states(
     return states
 
 
-def _heard_states(own: Retrieval, arguments: dict[str, Any], heard: Collector) -> Tensor | None:
+def _heard_states(
+    own: Retrieval, term: Term, arguments: dict[str, Any], heard: Collector
+) -> Tensor | None:
     """What was heard, sliced as the logits will be."""
-    if own.sliced:
+    if term.sliced:
         return heard.raw
     inputs = _inputs(arguments)
     states = heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)

@@ -1,6 +1,6 @@
 """KNNLMForCausalLM: the equation, as a model of transformers.
 
-    P(w|c) = (1−λ) · softmax(W_sm · h_sm)  +  λ · P_memory(w | h_ds)
+    P(w|c) = (1−Σλ_i) · softmax(W_sm · h_sm)  +  Σ λ_i · P_i(w | h_i),   one memory i or several
 
 The wrapper is an object of a *subclass of the model's own class*, made on the fly, that shares the
 model's weights. Everything that transformers does with the model it therefore does with the
@@ -8,7 +8,7 @@ wrapper; only `forward` differs. What surprises in this file answers to a trap:
 
 - the subclass keeps the name and module of the model's class, by which transformers looks things
   up, and `forward` keeps its signature, which generate, Trainer and lm-eval read;
-- memory and λ live in one plain object, so that no parameter, buffer or submodule is added;
+- memories and λs live in one plain object, so that no parameter, buffer or submodule is added;
 - labels are not handed to the model: the loss is the mixture's;
 - search and mixture are never traced by torch.compile.
 
@@ -19,25 +19,25 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import wraps
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from knnlm_hf.capture import CapturePoint
-from knnlm_hf.memory.base import as_memory
-from knnlm_hf.modeling.clone import rebind, shallow_clone
+from knnlm_hf.errors import KNNLMError
+from knnlm_hf.modeling.clone import forward_slot, rebind, shallow_clone, take_own_forward
 from knnlm_hf.modeling.config import KNNLMConfig
 from knnlm_hf.modeling.explain import Explanation, explain
-from knnlm_hf.modeling.fit import after_slicing, base_of, check_fit, weights_now
+from knnlm_hf.modeling.fit import base_of, terms_of, weights_now
+from knnlm_hf.modeling.heads import bring, follow, heads
 from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
 from knnlm_hf.modeling.saving import Saving
-from knnlm_hf.types import check_lmbda
+from knnlm_hf.types import check_lmbdas, one_or_all
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin
@@ -52,23 +52,33 @@ _disabled: ContextVar[frozenset[int]] = ContextVar("knnlm_hf_disabled", default=
 
 
 class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
-    """A causal language model mixed with a memory.
+    """A causal language model mixed with a memory, or with several.
+
+        P(w|c) = (1−Σλ_i) · P_LM(w|c)  +  Σ λ_i · P_i(w|c)
+
+    Memories may read different layers. One that has nothing to say (a search without hits) gives
+    its share back to the model alone.
 
     Args:
         model: a causal language model of transformers (or a PEFT model around one). It shares its
             weights with the wrapper, and stays usable as it was. A wrapper is wrapped anew.
-        memory: a memory, a `Datastore`, or the path or Hub id of a datastore.
-        lmbda: λ in [0, 1), the memory's share. Can be set later: `knn.lmbda = 0.3`.
-        layer: another name of the place of `memory.layer` in this model; a different place only
-            with `allow_mismatch`.
+        memory: a memory, a `Datastore`, the path or Hub id of a datastore, or a list of these.
+        lmbda: λ in [0, 1), the memory's share; for several memories a list of λ_i ≥ 0 with a sum
+            below 1 (one number is divided equally). Can be set later: `knn.lmbda = 0.3`.
+        layer: another name of the place of `memory.layer` in this model (of several: a list); a
+            different place only with `allow_mismatch`.
         allow_mismatch: use a memory that was made with another model, knowingly.
+
+    A memory that is an `nn.Module` (a trained head) goes where the wrapper goes: it is moved to the
+    model's device here, and `knn.to(device)` and `knn.eval()` act on it too. Its dtype stays its
+    own: `knn.half()` casts the model only. `knn.parameters()` does not have its weights.
 
     `forward` takes what the model's takes. `logits` are log P(w|c) in float32; `loss` is the
     mixture's mean negative log-likelihood in nats over the shifted labels.
 
     Raises:
         KNNLMError: no causal language model, another hidden size, a larger vocabulary, λ out of
-            range.
+            range, not as many λs as memories.
         CaptureError: the model has no such layer.
         ModelMismatchError: the memory was made with another model, or for another layer.
     """
@@ -77,24 +87,22 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         cls,
         model: Any,
         memory: Any,
-        lmbda: float = 0.25,
+        lmbda: float | Sequence[float] = 0.25,
         *,
-        layer: str | None = None,
+        layer: str | Sequence[str | None] | None = None,
         allow_mismatch: bool = False,
     ) -> KNNLMForCausalLM:
         """Return a wrapper, which is also an instance of the model's own class."""
         base = model.unwrap() if isinstance(model, KNNLMForCausalLM) else base_of(model)
-        lmbda = check_lmbda(lmbda)
-        memory = as_memory(memory)
-        point = check_fit(base, memory, layer or memory.layer, allow_mismatch)
+        terms = terms_of(base, memory, layer, allow_mismatch)
+        lmbdas = check_lmbdas(lmbda, len(terms))
+        bring((term.memory for term in terms), base)
         knn: KNNLMForCausalLM = shallow_clone(base, _subclass(_mixin(cls), type(base)))
         knn.__dict__["_knnlm"] = Retrieval(
-            memory,
-            lmbda,
-            point,
-            after_slicing(base, point),
+            terms,
+            lmbdas,
             tuple(inspect.signature(type(base).forward).parameters)[1:],
-            _take_own_forward(knn),
+            take_own_forward(knn),
             getattr(base, "loss_type", None),
             model._own.weights if isinstance(model, KNNLMForCausalLM) else weights_now(base),
         )
@@ -118,29 +126,51 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         return own
 
     @property
+    def memories(self) -> tuple[Any, ...]:
+        """All memories, also where there is one."""
+        return tuple(term.memory for term in self._own.terms)
+
+    @property
     def memory(self) -> Any:
-        """The memory; another one can be set."""
-        return self._own.memory
+        """The memory, of several the tuple; others, as many, can be set."""
+        return one_or_all(self.memories)
 
     def _set_memory(self, memory: Any) -> None:
-        memory = as_memory(memory)
-        point = check_fit(self.unwrap(), memory, memory.layer, allow_mismatch=False)
-        sliced = after_slicing(self, point)
-        self.__dict__["_knnlm"] = replace(self._own, memory=memory, point=point, sliced=sliced)
+        own, terms = self._own, terms_of(self.unwrap(), memory)
+        if len(terms) != len(own.lmbdas):
+            raise KNNLMError(
+                f"{len(terms)} memories for {len(own.lmbdas)} lmbdas: "
+                "wrap the model anew, with as many of each"
+            )
+        bring((term.memory for term in terms), self)
+        self.__dict__["_knnlm"] = replace(own, terms=terms)
 
     @property
-    def lmbda(self) -> float:
-        """λ, the memory's share of the mixture: 0 ≤ λ < 1."""
-        return self._own.lmbda
+    def lmbdas(self) -> tuple[float, ...]:
+        """λ of each memory, also where there is one."""
+        return self._own.lmbdas
+
+    @property
+    def lmbda(self) -> Any:
+        """λ, the memory's share of the mixture, 0 ≤ λ < 1; of several memories the tuple.
+
+        Takes for several a list, or one number, which is divided equally.
+        """
+        return one_or_all(self._own.lmbdas)
 
     @lmbda.setter
-    def lmbda(self, value: float) -> None:
-        self._own.lmbda = check_lmbda(value)
+    def lmbda(self, value: Any) -> None:
+        self._own.lmbdas = check_lmbdas(value, len(self._own.terms))
 
     @property
-    def capture_point(self) -> CapturePoint:
-        """Where in the model the memory's states are read."""
-        return self._own.point
+    def capture_points(self) -> tuple[CapturePoint, ...]:
+        """Where in the model each memory's states are read."""
+        return tuple(term.point for term in self._own.terms)
+
+    @property
+    def capture_point(self) -> Any:
+        """Where in the model the memory's states are read; of several memories the tuple."""
+        return one_or_all(self.capture_points)
 
     @property
     def weights_when_wrapped(self) -> dict[str, Any]:
@@ -171,7 +201,7 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         del model.__dict__["_knnlm"]
         model.__dict__["loss_type"] = self._own.loss_type
         if self._own.own_forward is not None:
-            model.__dict__[_forward_slot(model)] = rebind(self._own.own_forward, self, model)
+            model.__dict__[forward_slot(model)] = rebind(self._own.own_forward, self, model)
         return model
 
     def explain(self, input_ids: Any, top: int = 5, tokenizer: Any = None) -> list[Explanation]:
@@ -194,28 +224,42 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
 
     def extra_repr(self) -> str:
         """Show λ and the memory in `print(knn)`."""
-        memory = type(self.memory).__name__
-        return f"lmbda={self.lmbda}, memory={memory}, layer={self._own.point.layer!r}"
+        memory = ", ".join(type(memory).__name__ for memory in self.memories)
+        return f"lmbda={self.lmbda}, memory={memory}, layer={self._layer!r}"
+
+    def train(self, mode: bool = True) -> Any:
+        """As the model's own; heads follow."""
+        for head in heads(self.memories):
+            head.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Cast or move the model; heads are moved only."""
+        follow(self.memories, fn)
+        return super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KNNLMForCausalLM:
-        """Copies the model, not the memory."""
+        """Copies the model, not its memories."""
         return _rebuild(_mixin(type(self)), copy.deepcopy(self.unwrap(), memo), *self._settings())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles the model as its own class; the memory pickles itself, or says why not."""
+        """Pickles the model as its own class; a memory pickles itself, or says why not."""
         return _rebuild, (_mixin(type(self)), self.unwrap(), *self._settings())
 
-    def _settings(self) -> tuple[Any, float, str, dict[str, Any]]:
-        own = self._own
-        return own.memory, own.lmbda, own.point.layer, own.weights
+    def _settings(self) -> tuple[Any, Any, Any, dict[str, Any]]:
+        return self.memory, self.lmbda, self._layer, self._own.weights
+
+    @property
+    def _layer(self) -> Any:
+        return one_or_all([point.layer for point in self.capture_points])
 
 
 def _rebuild(
     mixin: type[KNNLMForCausalLM],
     base: Any,
     memory: Any,
-    lmbda: float,
-    layer: str,
+    lmbda: Any,
+    layer: Any,
     weights: dict[str, Any],
 ) -> KNNLMForCausalLM:
     knn = mixin(base, memory, lmbda, layer=layer, allow_mismatch=True)
@@ -258,24 +302,6 @@ def _new_subclass(mixin: type[KNNLMForCausalLM], base: type[PreTrainedModel]) ->
         "forward": as_it_is(forward),
     }
     return type(base.__name__, (mixin, base), members)
-
-
-def _forward_slot(model: PreTrainedModel) -> str:
-    """The attribute whose forward accelerate's hook calls, if it hooked the model."""
-    return "_old_forward" if "_hf_hook" in model.__dict__ else "forward"
-
-
-def _take_own_forward(knn: KNNLMForCausalLM) -> Callable[..., Any] | None:
-    """Take a forward that was put on the model object off the wrapper, and return it."""
-    slot = _forward_slot(knn)
-    forward = knn.__dict__.get(slot)
-    if forward is None or getattr(forward, "__func__", None) is type(knn).forward:
-        return None
-    del knn.__dict__[slot]
-    if slot == "_old_forward":
-        knn.__dict__[slot] = MethodType(type(knn).forward, knn)
-    own: Callable[..., Any] = forward
-    return own
 
 
 AutoModelForCausalLM.register(KNNLMConfig, KNNLMForCausalLM, exist_ok=True)

@@ -5,6 +5,7 @@ Shape suffixes: N entry or token, Q query, K neighbour, D dimension.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def scores_by_size(study: Study, split: Split, *, layer: str = "att", metric: st
     for part, size in enumerate(SIZES):
         one = scores(study, split, layer=layer, metric=metric, part=part)
         (kept,) = one.memories
+        assert kept.similarity is not None
+        assert kept.is_target is not None
         mine = kept.similarity, kept.is_target
         found = mine if found is None else nearest_of(found, mine)
         evaluation = study.evaluation(split)
@@ -118,6 +121,11 @@ def with_memory(evaluation: Evaluation, log_probs_N: Tensor) -> TokenScores:
         documents=evaluation.documents, context=evaluation.context,
         memories=(Evidence(scores=log_probs_N),), lmbdas=(0.0,),
     )  # fmt: skip
+
+
+def replaced(scores: TokenScores, log_probs_N: Tensor) -> TokenScores:
+    """The same tokens beside a memory that gives them these log-probabilities."""
+    return replace(scores, memories=(Evidence(scores=log_probs_N),), lmbdas=(0.0,))
 
 
 def some_rows(count: int, tokens: int | None) -> Tensor | None:

@@ -1,0 +1,142 @@
+"""One memory's k and t after the other, the λs of all together.
+
+Shape suffixes: N token, K k, L candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from knnlm_hf.errors import KNNLMError
+from knnlm_hf.scores import TokenScores
+from knnlm_hf.tuning.grid import knn_probabilities
+from knnlm_hf.tuning.shares import best_of, best_share, best_shares
+from knnlm_hf.types import check_k, check_lmbdas, check_temperature
+
+_SWEEPS = 5
+
+
+class Choice(NamedTuple):
+    """Settings of one memory, and what it says with them."""
+
+    temperature: float | None
+    k: int | None
+    ratio: Tensor
+    """(N,) P over P_LM of each token; 1 where the memory has nothing to say."""
+
+
+class _Found(NamedTuple):
+    gain: float
+    """Mean log-likelihood over the model's own, in nats."""
+    lmbda: float
+    choice: Choice
+
+
+class Descent:
+    """The search for the settings of lowest perplexity; see `tuning.fit`."""
+
+    def __init__(
+        self,
+        scores: TokenScores,
+        ks: Sequence[int] | None,
+        temperatures: Sequence[float] | None,
+        lmbdas: Sequence[Any] | None,
+    ) -> None:
+        self.memories = scores.memories
+        self.ks = [[] if found.k is None else _candidate_ks(found.k, ks) for found in self.memories]
+        self.temperatures = (
+            None if temperatures is None else [*map(check_temperature, temperatures)]
+        )
+        count = len(self.memories)
+        self.candidates = None if lmbdas is None else [check_lmbdas(one, count) for one in lmbdas]
+        self.inverse_N = (-scores.lm_log_probs).clamp(max=80).exp()
+        silent = Choice(None, None, torch.ones_like(self.inverse_N))
+        self.chosen = [
+            silent if found.scores is None else self._fixed(found.scores) for found in self.memories
+        ]
+
+    def run(self) -> tuple[float, tuple[float, ...], list[Choice]]:
+        """Gain over the model alone in nats per token, λs and settings."""
+        lmbdas = self._shares()
+        for _ in range(_SWEEPS):
+            before = [choice[:2] for choice in self.chosen]
+            for number, found in enumerate(self.memories):
+                if found.k is not None:
+                    self.chosen[number] = self._settings(number, lmbdas)
+                    lmbdas = self._shares()
+            if len(self.memories) == 1 or before == [choice[:2] for choice in self.chosen]:
+                break
+        return self._gain(lmbdas), lmbdas, self.chosen
+
+    def _fixed(self, scores_N: Tensor) -> Choice:
+        return Choice(None, None, scores_N.exp() * self.inverse_N)
+
+    def _shares(self) -> tuple[float, ...]:
+        """The best λs for the settings chosen so far."""
+        if self.candidates is None:
+            return best_shares([choice.ratio for choice in self.chosen])
+        return max(self.candidates, key=lambda lmbdas: (self._gain(lmbdas), -sum(lmbdas)))
+
+    def _gain(self, lmbdas: Sequence[float]) -> float:
+        return self._mixed(lmbdas).log().mean(dtype=torch.float64).item()
+
+    def _mixed(self, lmbdas: Sequence[float], without: int | None = None) -> Tensor:
+        """(N,) P of the mixture over P_LM."""
+        mixed_N = torch.ones_like(self.inverse_N)
+        for number, (lmbda, choice) in enumerate(zip(lmbdas, self.chosen, strict=True)):
+            if number != without and lmbda > 0:
+                mixed_N += lmbda * (choice.ratio - 1)
+        return mixed_N
+
+    def _settings(self, number: int, lmbdas: tuple[float, ...]) -> Choice:
+        """The best k and t of one memory, its λ free, the others as they are."""
+        found, ks = self.memories[number], self.ks[number]
+        temperatures = self.temperatures
+        if temperatures is None:
+            temperatures = [found.temperature * 2 ** (step / 3) for step in range(-15, 15)]
+        best = max(self._grid(number, lmbdas, ks, temperatures), key=_preference)
+        if self.temperatures is None and best.choice.temperature and best.choice.k:
+            near = [best.choice.temperature * 2 ** (step / 15) for step in range(-4, 5) if step]
+            finer = self._grid(number, lmbdas, [best.choice.k], near)
+            best = max(best, *finer, key=_preference)
+        return best.choice
+
+    def _grid(
+        self, number: int, lmbdas: tuple[float, ...], ks: list[int], temperatures: Sequence[float]
+    ) -> Iterator[_Found]:
+        """The gain for each t and k, and the best λ there."""
+        others = 1 - lmbdas[number]
+        rest_N = self._mixed([lmbda / others for lmbda in lmbdas], without=number)
+        candidates = self.candidates or []
+        rest_LN = [self._mixed(candidate, without=number) for candidate in candidates]
+        all_KN = knn_probabilities(self.memories[number], ks, temperatures)
+        for temperature, knn_KN in zip(temperatures, all_KN, strict=True):
+            # A query without hits leaves its share to the model, as if both agreed.
+            ratio_KN = torch.where(knn_KN.isnan(), 1.0, knn_KN * self.inverse_N)
+            if self.candidates is None:
+                gain_K, lmbda_K = best_share(ratio_KN, rest_N)
+            else:
+                own = [candidate[number] for candidate in candidates]
+                gain_K, index_K = best_of(ratio_KN, rest_LN, own).max(0)
+                lmbda_K = torch.tensor(own)[index_K]
+            for row, k in enumerate(ks):
+                choice = Choice(temperature, k, ratio_KN[row])
+                yield _Found(gain_K[row].item(), lmbda_K[row].item(), choice)
+
+
+def _preference(found: _Found) -> tuple[float, float]:
+    """Largest gain; among equals (λ = 0, say) the smallest λ."""
+    return found.gain, -found.lmbda
+
+
+def _candidate_ks(kept: int, ks: Sequence[int] | None) -> list[int]:
+    if ks is None:
+        return sorted({max(1, kept >> shift) for shift in (0, 1, 2, 4, 6)})
+    ks = sorted({check_k(k) for k in ks})
+    if ks[-1] > kept:
+        raise KNNLMError(f"k {ks[-1]} asked for, but only {kept} neighbours were scored")
+    return ks
