@@ -43,6 +43,13 @@ def test_every_entry_is_seen_once_an_epoch(store):
         assert token in store.values[same]
 
 
+def test_a_store_smaller_than_a_batch(store):
+    (batch,) = Entries(store, seed=0).epoch(0, 100_000)
+    assert len(batch.tokens) == len(Entries(store, seed=0))
+    small = {**FAST, "batch_size": 100_000, "epochs": 1}
+    assert math.isfinite(MultiEmbeddingHead.train_on(store, n=1, **small).trained.held_out_loss)
+
+
 def test_training_finds_the_unigram_optimum(tmp_path):
     """With constant keys the best head is the unigram distribution of the values."""
     store = Datastore.build(tiny.gpt2(), tiny.corpus(60), tmp_path / "s", progress=False)

@@ -128,8 +128,8 @@ class Entries:
             ids = torch.cat([left, self._ids(part)])
             ids = ids[torch.randperm(len(ids), generator=generator)]
             whole = len(ids) - len(ids) % batch_size
-            for batch in torch.split(ids[:whole], batch_size):
-                yield self._read(batch)
+            for start in range(0, whole, batch_size):
+                yield self._read(ids[start : start + batch_size])
             left = ids[whole:]
         if len(left):
             yield self._read(left)
