@@ -15,7 +15,7 @@ import tiny
 import torch
 
 from knnlm_hf import Datastore
-from knnlm_hf.datastore import atomic, writer
+from knnlm_hf.datastore import atomic
 from knnlm_hf.errors import DatastoreError
 
 ITEMS = [*tiny.corpus(documents=3, seed=8, longest=60), []]
@@ -53,7 +53,7 @@ def arm(count):
         data = memoryview(data).cast("B") if len(data) else b""
         file.write(data[: len(data) // 2])
 
-    writer._write_all = deadly(writer._write_all, half)
+    atomic.write_all = deadly(atomic.write_all, half)
     atomic.sync = deadly(atomic.sync, lambda *args: None)
     os.replace = deadly(os.replace, lambda *args: None)
 

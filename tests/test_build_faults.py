@@ -12,7 +12,7 @@ import tiny
 from filelock import FileLock
 
 from knnlm_hf import Datastore
-from knnlm_hf.datastore import atomic, writer
+from knnlm_hf.datastore import atomic
 from knnlm_hf.errors import CorpusError, DatastoreError, ModelMismatchError
 
 ITEMS = tiny.corpus(seed=3)
@@ -64,7 +64,7 @@ def test_a_full_disk_is_one_line_and_resumable(killed):
 def fail_at(monkeypatch, count, error):
     """Make the count-th write of a shard raise `error`."""
     left = [count]
-    real = writer._write_all
+    real = atomic.write_all
 
     def write(file, data):
         left[0] -= 1
@@ -72,7 +72,7 @@ def fail_at(monkeypatch, count, error):
             raise error
         real(file, data)
 
-    monkeypatch.setattr(writer, "_write_all", write)
+    monkeypatch.setattr(atomic, "write_all", write)
 
 
 @pytest.mark.parametrize("count", [1, 4, 12, 20])

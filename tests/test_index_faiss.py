@@ -174,7 +174,7 @@ def test_same_seed_same_index(tmp_path):
 
 
 def test_the_training_sample_is_drawn_by_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("knnlm_hf.index.faiss._TRAIN_LEAST", 100)
+    monkeypatch.setattr("knnlm_hf.index.faiss_build._TRAIN_LEAST", 100)
     keys = clustered(600, 16)
     found = [
         build(tmp_path / str(i), keys, "PQ4x4", seed=seed).info.sha256

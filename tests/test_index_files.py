@@ -12,7 +12,14 @@ import torch
 from tiny import Keys
 
 from knnlm_hf.errors import KNNLMError, SearchIndexError
-from knnlm_hf.index import ExactIndex, build_index, built_indexes, files, open_index, wrap_index
+from knnlm_hf.index import (
+    ExactIndex,
+    build_index,
+    built_indexes,
+    faiss_files,
+    open_index,
+    wrap_index,
+)
 
 faiss = pytest.importorskip("faiss")
 
@@ -174,7 +181,7 @@ def test_a_build_that_fails_leaves_the_old_index(tmp_path, keys, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.faiss, "write", lambda index, path: full(path))
+    monkeypatch.setattr(faiss_files, "write", lambda index, path: full(path))
     with pytest.raises(SearchIndexError, match=r"cannot write the index.*No space left"):
         build(tmp_path, keys, "IVF4,SQ8", seed=1)
     assert sorted(tmp_path.rglob("*")) == before

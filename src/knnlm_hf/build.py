@@ -1,7 +1,9 @@
-"""Corpus → datastore: `Datastore`, the reader that can also build, subsample and index."""
+"""Corpus → datastore: `Datastore`, the reader that can also build, change, sample and index."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,14 +12,18 @@ from torch import nn
 from knnlm_hf import identity
 from knnlm_hf.capture import find
 from knnlm_hf.corpus import documents
-from knnlm_hf.datastore import DTYPES, DatastoreReader, Manifest
-from knnlm_hf.datastore.builder import StoreBuild, check_corpus
-from knnlm_hf.datastore.folder import existing, locked
-from knnlm_hf.datastore.sampling import subsample
-from knnlm_hf.errors import PersistenceError, SettingError, first_line
-from knnlm_hf.index import SearchIndex, build_index
+from knnlm_hf.datastore import DTYPES, DatastoreReader, Manifest, appending, atomic, removal
+from knnlm_hf.datastore.builder import build_in
+from knnlm_hf.datastore.folder import locked
+from knnlm_hf.datastore.manifest import load
+from knnlm_hf.datastore.sampling import compact, subsample
+from knnlm_hf.errors import DatastoreError, SettingError
+from knnlm_hf.index import SearchIndex, build_index, take_in
+from knnlm_hf.loading import loaded
 from knnlm_hf.types import check_count
 from knnlm_hf.windows import check_window
+
+_log = logging.getLogger(__name__)
 
 
 class Datastore(DatastoreReader):
@@ -69,15 +75,15 @@ class Datastore(DatastoreReader):
                 disk is full or read-only, or a state is NaN, infinite or too large for `dtype`.
             ModelMismatchError: an unfinished store there was begun with another model.
         """
-        loaded, tokenizer = _load(model, tokenizer)
-        config = loaded.config.get_text_config(decoder=True)
+        base, tokenizer = loaded(model, tokenizer)
+        config = base.config.get_text_config(decoder=True)
         window, stride = check_window(window, stride, config)
         check_count("batch_size", batch_size)
         check_count("shard_size", shard_size)
         dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise SettingError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        find(loaded, layer)  # before anything is written
+        find(base, layer)  # before anything is written
         texts = documents(corpus, tokenizer, vocab_size=config.vocab_size, bos=bos, config=config)
         wanted = Manifest(
             layer=layer,
@@ -89,27 +95,133 @@ class Datastore(DatastoreReader):
             batch_size=batch_size,
             shard_size=shard_size,
             bos=bool(bos),
-            model=identity.describe(loaded, tokenizer),
+            model=identity.describe(base, tokenizer),
         )
         folder = Path(path).expanduser()
-        with locked(folder):
-            manifest = existing(folder, wanted, resume, loaded, tokenizer)
-            if manifest is not None and manifest.complete:
-                check_corpus(folder, manifest, texts, progress)
-            else:
-                StoreBuild(loaded, tokenizer, texts, folder, manifest or wanted).run(progress)
+        build_in(folder, wanted, base, tokenizer, texts, resume, progress)
         return cls.open(folder)
 
-    def subsample(self, fraction: float, path: str | Path, seed: int = 0) -> Self:
-        """Write a uniform sample of the entries, in order, as a new store, and open it.
+    def append(
+        self,
+        model: nn.Module | str | Path,
+        corpus: Any,
+        *,
+        tokenizer: Any = None,
+        resume: bool = True,
+        progress: bool = True,
+    ) -> Self:
+        """Go on with new documents: same model, layer, dtype and windows as the store's.
 
-        It has round(fraction · N) entries, at least one; equal seeds give equal bytes. `document`
-        still tells the item of the original corpus; `context` is refused, as the neighbouring
-        entries are missing.
+        Entry and document numbers go on where the store ends. What others have open they keep
+        seeing as it was, and so does this object: the grown store is returned. A killed append
+        resumes when it is run again with the same corpus. Built indexes take in the new entries
+        without training anew; one that was trained on less than half of what there is now, or that
+        would find less, is left as it is, stale, with a line saying how to rebuild it.
+
+        Args:
+            model: the store's model, or its path or Hub id.
+            corpus: see `corpus.documents`.
+            tokenizer: needed where the corpus is text; default: the one kept with the store.
+            resume: continue an interrupted append, and take a corpus that is just what was appended
+                last for the same append, done already; False: drop what is unfinished, and append.
+            progress: show a progress bar on stderr.
+
+        Raises:
+            ModelMismatchError: another model or tokenizer than the store's.
+            CorpusError: a corpus that cannot be read.
+            DatastoreError: a subsample, another writer at work, a disk that is full or read-only,
+                or an interrupted append of another corpus.
+        """
+        base, tokenizer = loaded(model, tokenizer)
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        config = base.config.get_text_config(decoder=True)
+        with locked(self.path):
+            store = type(self).open(self.path)
+            store.check_model(base, tokenizer)
+            if store.manifest.subsample is not None:
+                raise DatastoreError(
+                    f"{self.path}: a subsample: append to the store it is drawn of"
+                )
+            staging = self.path / appending.STAGING
+            wanted = appending.settings(store.manifest)
+            wanted = replace(wanted, model=identity.describe(base, tokenizer))
+            check_window(wanted.window, wanted.stride, config)
+            texts = documents(
+                corpus, tokenizer, vocab_size=config.vocab_size, bos=wanted.bos, config=config
+            )
+            if not resume:
+                atomic.remove(staging)
+            is_resumed = staging.exists()
+            try:
+                build_in(staging, wanted, base, tokenizer, texts, True, progress)
+            except DatastoreError as error:
+                hint = "; an append was interrupted here: resume=False drops it"
+                raise type(error)(f"{error}{hint if is_resumed else ''}") from error
+            staged = DatastoreReader.open(staging)
+            if not resume or store.manifest.appended[-1:] != (appending.note(staged),):
+                take_in(store, staged, progress)
+            with atomic.explaining(self.path):
+                appending.clear(self.path, load(self.path))
+        return type(self).open(self.path)
+
+    def remove(self, documents: Any) -> None:
+        """Take documents out, by number: from now on no search, sample or training sees them.
+
+        This object and memories over it honour it at once, others when they open the store again.
+        Numbers of entries and documents stay as they are. The rows stay on the disk until `compact`
+        writes a store without them.
+
+        Args:
+            documents: numbers of documents, as `document` gives them; removed ones may be among
+                them.
+
+        Raises:
+            SettingError: a number that is no document's.
+            DatastoreError: another writer at work, a disk that is full or read-only, or the folder
+                holds another store by now.
+        """
+        numbers = removal.checked(documents, self.documents)
+        with locked(self.path), atomic.explaining(self.path):
+            there = load(self.path)
+            if not there.complete or not there.goes_on(self.manifest):
+                raise DatastoreError(
+                    f"{self.path}: holds another store by now than the one opened: open it again"
+                )
+            numbers = sorted({*removal.load(self.path, there), *numbers})
+            changed = removal.write(self.path, there, numbers)
+        if changed.shards == self.manifest.shards:
+            self.manifest = changed
+        self._take_away([number for number in numbers if number < self.documents])
+        if 2 * self.live < len(self):
+            _log.warning(
+                "%s: only %d of %d entries are left, which makes searching slow: write a store "
+                "without the others with store.compact(path)",
+                self.path, self.live, len(self),
+            )  # fmt: skip
+
+    def compact(self, path: str | Path, *, progress: bool = True) -> Self:
+        """Write a store without the removed documents' rows to a new folder; verify and open it.
+
+        Documents keep their numbers, entries do not. Indexes are to be built anew.
+
+        Raises:
+            DatastoreError: `path` exists, cannot be written, or nothing would be left.
+        """
+        compact(self, Path(path).expanduser())
+        store = type(self).open(path)
+        store.verify(progress=progress)
+        return store
+
+    def subsample(self, fraction: float, path: str | Path, seed: int = 0) -> Self:
+        """Write a uniform sample of the live entries, in order, as a new store, and open it.
+
+        It has round(fraction · live) entries, at least one; equal seeds give equal bytes.
+        `document` still tells the item of the original corpus; `context` is refused, as the
+        neighbouring entries are missing.
 
         Raises:
             SettingError: not 0 < fraction ≤ 1.
-            DatastoreError: `path` exists, or cannot be written.
+            DatastoreError: `path` exists, or cannot be written; or every entry is removed.
         """
         subsample(self, fraction, Path(path).expanduser(), seed)
         return type(self).open(path)
@@ -124,39 +236,16 @@ class Datastore(DatastoreReader):
         progress: bool = True,
     ) -> SearchIndex:
         """Build an index over the keys and keep it in the store; see `index.build_index`."""
-        return build_index(
-            self.keys,
-            self.values,
-            self.path / "indexes",
-            spec,
-            metric=metric,
-            digest=self.digest,
-            nprobe=nprobe,
-            seed=seed,
-            progress=progress,
-        )
-
-
-def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """The model and tokenizer, loaded where they are given by path or Hub id."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = str(model) if isinstance(model, str | Path) else None
-    if source is not None:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise PersistenceError(
-                f"{source}: no causal language model: {first_line(error)}"
-            ) from error
-    if isinstance(tokenizer, str | Path):
-        try:
-            return model, AutoTokenizer.from_pretrained(str(tokenizer))
-        except (OSError, ValueError) as error:
-            raise PersistenceError(f"{tokenizer}: no tokenizer: {first_line(error)}") from error
-    if source is not None and tokenizer is None:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError):  # a corpus of token ids needs none
-            tokenizer = None
-    return model, tokenizer
+        with locked(self.path):
+            return build_index(
+                self.keys,
+                self.values,
+                self.path / "indexes",
+                spec,
+                metric=metric,
+                digest=self.manifest.rows_digest,
+                nprobe=nprobe,
+                seed=seed,
+                progress=progress,
+                removed=self.removed,
+            )

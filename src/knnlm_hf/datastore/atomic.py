@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from knnlm_hf.errors import DatastoreError
 
@@ -23,12 +24,12 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a small file atomically."""
     unfinished = temporary(path)
     try:
-        with unfinished.open("wb") as file:
-            file.write(data)
+        with unfinished.open("wb", buffering=0) as file:
+            write_all(file, data)
             sync(file.fileno())
         publish(unfinished, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        discard(unfinished)
 
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
@@ -46,6 +47,13 @@ def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def settle(unfinished: Path, path: Path) -> None:
+    """Give a written file its final name, once its bytes are on the disk."""
+    with unfinished.open("rb") as file:
+        sync(file.fileno())
+    publish(unfinished, path)
+
+
 def publish(unfinished: Path, path: Path) -> None:
     """Rename to the final name, durably."""
     os.replace(unfinished, path)
@@ -55,6 +63,13 @@ def publish(unfinished: Path, path: Path) -> None:
             sync(folder)
         finally:
             os.close(folder)
+
+
+def write_all(file: IO[bytes], data: Any) -> None:
+    """Write all of it: a single unbuffered write may stop short, on a full disk for one."""
+    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    while len(view):
+        view = view[file.write(view) :]
 
 
 def sync(descriptor: int) -> None:
@@ -74,6 +89,12 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove what is no longer needed, if the system lets us."""
+    with suppress(OSError):
+        remove(path)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from knnlm_hf.capture import find, states
 from knnlm_hf.corpus import Documents
 from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.card import card
-from knnlm_hf.datastore.folder import TOKENIZER
+from knnlm_hf.datastore.folder import TOKENIZER, existing, locked
 from knnlm_hf.datastore.ledger import CorpusCheck, Ledger
 from knnlm_hf.datastore.manifest import DTYPES, NAME, Manifest
 from knnlm_hf.datastore.writer import ShardText, StoreWriter
@@ -136,6 +136,24 @@ class StoreBuild:
             f"{place}: the model's state at layer {self.manifest.layer!r} is NaN or infinite: such "
             "keys cannot be searched; load the model in bfloat16 or float32"
         )
+
+
+def build_in(
+    folder: Path,
+    wanted: Manifest,
+    model: Any,
+    tokenizer: Any,
+    texts: Documents,
+    resume: bool,
+    progress: bool,
+) -> None:
+    """Build a store of these settings in `folder`, or finish the one there."""
+    with locked(folder):
+        manifest = existing(folder, wanted, resume, model, tokenizer)
+        if manifest is not None and manifest.complete:
+            check_corpus(folder, manifest, texts, progress)
+        else:
+            StoreBuild(model, tokenizer, texts, folder, manifest or wanted).run(progress)
 
 
 def check_corpus(folder: Path, manifest: Manifest, texts: Documents, progress: bool) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from knnlm_hf import identity
 from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.manifest import NAME, Manifest, load
-from knnlm_hf.datastore.reader import check_shards
+from knnlm_hf.datastore.shards import check_shards
 from knnlm_hf.errors import DatastoreError, ModelMismatchError
 
 LOCK = ".lock"
@@ -23,7 +23,7 @@ TOKENIZER = "tokenizer"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, made if need be, against other builds; an empty one is removed again."""
+    """Hold the folder, made if need be, against other writers; an empty one is removed again."""
     lock = FileLock(folder / LOCK, timeout=0)
     with atomic.explaining(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -31,8 +31,8 @@ def locked(folder: Path) -> Iterator[None]:
             lock.acquire()
         except Timeout as error:
             raise DatastoreError(
-                f"{folder}: another process is building there: wait for it, or choose another "
-                "folder"
+                f"{folder}: another process is building or changing the store there: wait for it, "
+                "or choose another folder"
             ) from error
     try:
         yield
@@ -65,7 +65,13 @@ def existing(
         )
     if manifest.subsample is not None:
         raise DatastoreError(f"{folder}: holds a subsample of a datastore: choose another folder")
+    if manifest.appended:
+        raise DatastoreError(
+            f"{folder}: the datastore there has been appended to, and is not of one corpus any "
+            "more: open it with Datastore.open, or choose another folder"
+        )
     skipped = {"dim", "model", "shards", "documents", "complete", "subsample"}
+    skipped |= {"removed", "appended"}
     for field in fields(Manifest):
         theirs, ours = getattr(manifest, field.name), getattr(wanted, field.name)
         if field.name not in skipped and theirs != ours:

@@ -8,33 +8,36 @@ from pathlib import Path
 from typing import Any, Self, overload
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from knnlm_hf import identity
 from knnlm_hf.datastore import manifest as manifests
-from knnlm_hf.datastore.manifest import DATA_START, DTYPES, Manifest, Shard
+from knnlm_hf.datastore import removal
+from knnlm_hf.datastore.manifest import DATA_START, DTYPES, Manifest
 from knnlm_hf.datastore.mapping import Region, joined
+from knnlm_hf.datastore.removal import Removed
 from knnlm_hf.datastore.rows import Rows
-from knnlm_hf.datastore.writer import file_sha256, shard_header
+from knnlm_hf.datastore.shards import NUMPY, MappedShard
+from knnlm_hf.datastore.verification import verify
 from knnlm_hf.errors import DatastoreError, first_line
 from knnlm_hf.persistence import local_folder, push_folder
-from knnlm_hf.progress import track
-
-_NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.int16}
-_CHECKED_ROWS = 1 << 14
 
 
 class DatastoreReader:
-    """N entries: key = hidden state before a token, (D,); value = the token."""
+    """N entries: key = hidden state before a token, (D,); value = the token.
+
+    All of it is mapped when it is opened: what becomes of the folder later, a reader sees the
+    whole state that it opened.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         """Map the shards of a complete store; use `open`."""
         self.path = path
         self.manifest = manifest
-        check_shards(path, manifest)
+        self._shards = [MappedShard(path, shard, manifest) for shard in manifest.shards]
         self.keys = self._rows()
+        self._take_away(removal.load(path, manifest))
 
     @classmethod
     def open(
@@ -68,7 +71,15 @@ class DatastoreReader:
                 f"{source}: the datastore is unfinished ({manifest.entries:,} entries so far): run "
                 "the same Datastore.build (or `knnlm build`) again to resume it"
             )
-        return cls(local_folder(source, "dataset", **options), manifest)
+        folder = local_folder(source, "dataset", **options)
+        while True:
+            try:
+                return cls(folder, manifest)
+            except DatastoreError:
+                changed = manifests.load(folder)
+                if changed == manifest:
+                    raise
+                manifest = changed  # it grew between the manifest and the shards
 
     def __len__(self) -> int:
         return self.manifest.entries
@@ -104,23 +115,48 @@ class DatastoreReader:
         """How many corpus items the store was built from."""
         return self.manifest.documents
 
-    @cached_property
+    @property
+    def removed_documents(self) -> list[int]:
+        """Numbers of the removed documents, ascending."""
+        found: list[int] = self._removed.documents.tolist()
+        return found
+
+    @property
+    def removed(self) -> Removed | None:
+        """The removed entries; None where there are none."""
+        return self._removed if self._removed.entries else None
+
+    @property
+    def live(self) -> int:
+        """How many entries are not removed."""
+        return len(self) - self._removed.entries
+
+    def nth_live(self, ranks: Tensor) -> Tensor:
+        """Numbers of live entries by their rank, 0 ≤ rank < `live`; int64, of the same shape."""
+        return self._removed.nth_live(ranks)
+
+    @property
     def digest(self) -> str:
-        """Sha-256 that identifies the contents, by format version and checksums of the shards."""
-        parts = [str(manifests.VERSION), str(len(self)), *(s.sha256 for s in self.manifest.shards)]
+        """Sha-256 that identifies the contents: the rows, and which of them are removed."""
+        if self.removed is None:
+            return self.manifest.rows_digest
+        parts = [self.manifest.rows_digest, *map(str, self.removed_documents)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @cached_property
     def values(self) -> Tensor:
         """(N,) int32, the token of each entry; mapped from the disk where there is one shard."""
-        parts = [self._map_values(shard) for shard in self.manifest.shards]
+        parts = [shard.values for shard in self._shards]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @cached_property
     def document_starts(self) -> Tensor:
         """(documents,) int64, the first entry of each; for one without entries, the next there."""
-        parts = [self._map_starts(shard) for shard in self.manifest.shards]
-        return torch.from_numpy(np.concatenate(parts))
+        starts = np.concatenate([shard.document_starts for shard in self._shards])
+        bounds = np.concatenate([[0], starts, [len(self)]])
+        if (np.diff(bounds) < 0).any():
+            raise DatastoreError(f"{self.path}: the document table is out of order: it is damaged")
+        return torch.from_numpy(starts)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -158,7 +194,8 @@ class DatastoreReader:
             entries [start, end). A document's first token is no value, so it is not there.
 
         Raises:
-            DatastoreError: the store is a subsample, which lacks the entries in between.
+            DatastoreError: the document is removed, or the store is a subsample, which lacks the
+                entries in between.
         """
         if self.manifest.subsample is not None:
             raise DatastoreError(
@@ -167,6 +204,8 @@ class DatastoreReader:
             )
         i = self._entry(i)
         document = self.document(i)
+        if self.removed is not None and bool(self.removed.covers(torch.tensor(i))):
+            raise DatastoreError(f"{self.path}: document {document} of entry {i} is removed")
         start = int(self.document_starts[document])
         is_last = document + 1 == self.documents
         end = len(self) if is_last else int(self.document_starts[document + 1])
@@ -199,43 +238,23 @@ class DatastoreReader:
             DatastoreError: naming the first file whose checksum, values, document table or keys
                 are wrong.
         """
-        last_start, first = 0, 0
-        shards = track(
-            self.manifest.shards,
-            "verifying",
-            lambda shard: shard.rows,
-            total=len(self),
-            unit="entries",
-            show=progress,
-        )
-        for i, shard in enumerate(shards):
-            path = self.path / shard.file
-            _check_file(path, shard, self.manifest)
-            if file_sha256(path) != shard.sha256:
-                raise DatastoreError(f"{path}: the file is damaged: its checksum is another one")
-            values = self._map_values(shard)
-            if not 0 <= int(values.min()) <= int(values.max()) < self.vocab_size:
-                raise DatastoreError(f"{path}: a value is outside [0, {self.vocab_size})")
-            is_last = i == len(self.manifest.shards) - 1
-            starts = self._map_starts(shard)
-            bounds = np.concatenate([[max(first, last_start)], starts, [first + shard.rows]])
-            begins_late = i == 0 and (not len(starts) or starts[0] != 0)
-            if begins_late or (np.diff(bounds) < 0).any():
-                raise DatastoreError(f"{path}: the document table is out of order")
-            if not is_last and len(starts) and starts[-1] == first + shard.rows:
-                raise DatastoreError(f"{path}: the document table reaches into the next shard")
-            last_start, first = int(bounds[-2]), first + shard.rows
-            for block in torch.split(self._map_keys(shard), _CHECKED_ROWS):
-                if not bool(block.isfinite().all()):
-                    raise DatastoreError(f"{path}: a key is NaN or infinite")
+        verify(self, progress)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Upload the store, its indexes and its card to a dataset repository of the Hub.
 
         `options` are those of `persistence.push_folder`: private, token, commit_message, …
+
+        Raises:
+            DatastoreError: documents are removed, whose text the files still hold.
         """
+        if self.removed is not None:
+            raise DatastoreError(
+                f"{self.path}: {len(self.removed_documents)} removed documents are still in its "
+                "files, and would be uploaded: push what store.compact(path) writes"
+            )
         more = options.pop("ignore_patterns", None) or []
-        ignored = [".lock", "*.tmp", "*.tmp/**", *more]
+        ignored = [".lock", "*.tmp", "*.tmp/**", ".append/**", *more]
         return push_folder(self.path, repo_id, "dataset", ignore_patterns=ignored, **options)
 
     def _entry(self, i: int) -> int:
@@ -243,14 +262,10 @@ class DatastoreReader:
             raise IndexError(f"entry {i} is out of range: there are {len(self)}")
         return int(i)
 
-    def _map(self, shard: Shard, dtype: Any, at: int, count: int) -> npt.NDArray[Any]:
-        if count == 0:
-            return np.empty(0, dtype=dtype)
-        offset = DATA_START + at
-        # Copy-on-write: torch wants writable memory, and the file must never change.
-        mapped = np.memmap(self.path / shard.file, dtype, "c", offset, (count,))
-        found: npt.NDArray[Any] = mapped.view(np.ndarray)
-        return found if offset % found.itemsize == 0 else found.copy()
+    def _take_away(self, documents: list[int]) -> None:
+        """Have the entries of these documents be removed, and of no others."""
+        starts = self.document_starts if documents else torch.zeros(1, dtype=torch.int64)
+        self._removed = Removed(torch.tensor(documents, dtype=torch.int64), starts, len(self))
 
     def _rows(self) -> Rows:
         """The keys of all shards, as one mapped array where the system can."""
@@ -258,40 +273,7 @@ class DatastoreReader:
             Region(self.path / s.file, DATA_START, s.rows * self.manifest.row_bytes)
             for s in self.manifest.shards
         ]
-        flat = joined(regions, _NUMPY[self.manifest.dtype]) if len(regions) > 1 else None
+        flat = joined(regions, NUMPY[self.manifest.dtype]) if len(regions) > 1 else None
         if flat is None:
-            return Rows([self._map_keys(shard) for shard in self.manifest.shards])
+            return Rows([shard.keys for shard in self._shards])
         return Rows([torch.from_numpy(flat).view(self.dtype).view(len(self), self.dim)])
-
-    def _map_keys(self, shard: Shard) -> Tensor:
-        flat = self._map(shard, _NUMPY[self.manifest.dtype], 0, shard.rows * self.dim)
-        return torch.from_numpy(flat).view(self.dtype).view(shard.rows, self.dim)
-
-    def _map_values(self, shard: Shard) -> Tensor:
-        at = shard.rows * self.manifest.row_bytes
-        return torch.from_numpy(self._map(shard, np.int32, at, shard.rows))
-
-    def _map_starts(self, shard: Shard) -> npt.NDArray[np.int64]:
-        at = shard.rows * (self.manifest.row_bytes + 4)
-        return self._map(shard, np.int64, at, self.manifest.document_count(shard))
-
-
-def check_shards(folder: Path, manifest: Manifest) -> None:
-    """Check that every shard is there, of the size and header that the manifest implies."""
-    for shard in manifest.shards:
-        _check_file(folder / shard.file, shard, manifest)
-
-
-def _check_file(path: Path, shard: Shard, manifest: Manifest) -> None:
-    if not path.is_file():
-        raise DatastoreError(f"{path}: the shard is missing")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise DatastoreError(
-            f"{path}: the shard has {size:,} bytes, expected {shard.bytes:,}: it is truncated or "
-            "not of this store"
-        )
-    header = shard_header(manifest, shard.rows, manifest.document_count(shard))
-    with path.open("rb") as file:
-        if file.read(DATA_START) != header:
-            raise DatastoreError(f"{path}: the shard's header does not fit the manifest")

@@ -3,72 +3,70 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.card import card
+from knnlm_hf.datastore.copying import ROWS, copy_rows, new_store
 from knnlm_hf.datastore.reader import DatastoreReader
-from knnlm_hf.datastore.writer import ShardText, StoreWriter
+from knnlm_hf.datastore.writer import StoreWriter
 from knnlm_hf.errors import DatastoreError, SettingError
-
-_ROWS = 1 << 15  # rows copied at once
 
 
 def subsample(store: DatastoreReader, fraction: float, path: Path, seed: int) -> None:
-    """Write round(fraction · N) ≥ 1 entries of `store`, in order, to the new store `path`.
+    """Write round(fraction · live) ≥ 1 live entries of `store`, in order, to the new store `path`.
 
     The folder appears whole or not at all.
 
     Raises:
         SettingError: not 0 < fraction ≤ 1.
-        DatastoreError: `path` exists, or cannot be written.
+        DatastoreError: `path` exists, or cannot be written; or every entry is removed.
     """
     if not 0 < fraction <= 1:
         raise SettingError(f"fraction is {fraction!r}, expected 0 < fraction <= 1")
-    if path.exists():
-        raise DatastoreError(f"{path}: already exists: delete it or choose another folder")
-    count = max(1, round(fraction * len(store)))
-    chosen_n = np.random.default_rng(seed).choice(len(store), count, replace=False, shuffle=False)
+    count = max(1, round(fraction * store.live))
+    _check_live(store)
+    chosen_n = np.random.default_rng(seed).choice(store.live, count, replace=False, shuffle=False)
     chosen_n.sort()
+    how: dict[str, float | int] = {"fraction": fraction, "seed": seed}
+    ids_n = store.nth_live(torch.from_numpy(chosen_n))
+    new_store(store, path, lambda folder: _write(store, ids_n, folder, how))
 
-    def fill(folder: Path) -> None:
-        if (store.path / "tokenizer").is_dir():
-            shutil.copytree(store.path / "tokenizer", folder / "tokenizer")
-        _write(store, chosen_n, folder, {"fraction": fraction, "seed": seed})
 
-    with atomic.explaining(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(atomic.temporary(path), ignore_errors=True)
-        atomic.write_folder(path, fill)
+def compact(store: DatastoreReader, path: Path) -> None:
+    """Write the live entries of `store`, in order, to the new store `path`.
+
+    Raises:
+        DatastoreError: `path` exists, or cannot be written; or every entry is removed.
+    """
+    _check_live(store)
+    ids_n = store.nth_live(torch.arange(store.live))
+    new_store(store, path, lambda folder: _write(store, ids_n, folder, None))
+
+
+def _check_live(store: DatastoreReader) -> None:
+    if store.live == 0:
+        raise DatastoreError(f"{store.path}: every entry is removed: nothing would be left")
 
 
 def _write(
-    store: DatastoreReader,
-    chosen_n: npt.NDArray[np.int64],
-    folder: Path,
-    how: dict[str, float | int],
+    store: DatastoreReader, ids_n: Tensor, folder: Path, sampled: dict[str, float | int] | None
 ) -> None:
-    origin = {"parent": store.digest, **how}
-    manifest = replace(store.manifest, shards=(), documents=0, complete=False, subsample=origin)
-    (folder / "README.md").write_text(card(manifest, len(chosen_n), store.documents), "utf-8")
-    size = manifest.shard_size
+    """Write these entries, ascending; documents keep their numbers, with or without entries."""
+    origin = {"parent": store.digest, **(sampled or {})}
+    manifest = replace(store.manifest, shards=(), documents=0, complete=False, removed=None)
+    if sampled is not None:
+        manifest = replace(manifest, subsample=origin, appended=())
+    (folder / "README.md").write_text(card(manifest, len(ids_n), store.documents), "utf-8")
     corpus = hashlib.sha256(repr(sorted(origin.items())).encode()).hexdigest()
-    # A document begins, in the sample, at the number of chosen entries before it.
-    starts_m = np.searchsorted(chosen_n, store.document_starts.numpy()).astype(np.int64)
-    last = (len(chosen_n) - 1) // size
-    shard_m = np.minimum(starts_m // size, last)
+    # A document begins, in the copy, at the number of copied entries before it.
+    starts_m = np.searchsorted(ids_n.numpy(), store.document_starts.numpy()).astype(np.int64)
+    blocks = (store.keys[some_n] for some_n in torch.split(ids_n, ROWS))
     with closing(StoreWriter(folder, manifest)) as writer:
-        for i in range(last + 1):
-            ids_n = torch.from_numpy(chosen_n[i * size : (i + 1) * size])
-            values_n = store.values[ids_n].numpy()
-            writer.put(ShardText(values_n, starts_m[shard_m == i], corpus))
-            for some_n in torch.split(ids_n, _ROWS):
-                writer.append(store.keys[some_n])
+        copy_rows(writer, store.values[ids_n].numpy(), starts_m, blocks, corpus)
         writer.finish(store.documents)

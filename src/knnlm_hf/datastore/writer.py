@@ -72,8 +72,19 @@ class StoreWriter:
     that the last one is closed by `finish`, together with the manifest's `complete`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, suffix: str = "", publish: bool = True
+    ) -> None:
+        """Go on after the manifest's shards.
+
+        Args:
+            folder: of the store.
+            manifest: its settings and finished shards.
+            suffix: of the names of new shards, before `.safetensors`.
+            publish: write the manifest after every shard; else it is the caller's to save.
+        """
         self.manifest = manifest
+        self._suffix, self._publish = suffix, publish
         self._folder = folder
         self._texts: deque[ShardText] = deque()
         self._file: IO[bytes] | None = None
@@ -88,7 +99,7 @@ class StoreWriter:
 
     @property
     def _path(self) -> Path:
-        return self._folder / f"shard-{len(self.manifest.shards):05d}.safetensors"
+        return self._folder / f"shard-{len(self.manifest.shards):05d}{self._suffix}.safetensors"
 
     def put(self, text: ShardText) -> None:
         """Hand over the values and document starts of the next shard that has none yet."""
@@ -116,18 +127,18 @@ class StoreWriter:
         if self._file is None:
             self._file = atomic.temporary(self._path).open("wb", buffering=0)
             self._file.seek(DATA_START)
-        _write_all(self._file, rows)
+        atomic.write_all(self._file, rows)
         self._rows += len(rows)
 
     def _close(self, text: ShardText, documents: int | None = None) -> None:
         assert self._file is not None
         assert len(text.values) == self._rows
         path, file = self._path, self._file
-        _write_all(file, text.values)
-        _write_all(file, text.document_starts)
+        atomic.write_all(file, text.values)
+        atomic.write_all(file, text.document_starts)
         size = file.tell()
         file.seek(0)
-        _write_all(file, shard_header(self.manifest, self._rows, len(text.document_starts)))
+        atomic.write_all(file, shard_header(self.manifest, self._rows, len(text.document_starts)))
         atomic.sync(file.fileno())
         file.close()
         self._file = None
@@ -137,12 +148,6 @@ class StoreWriter:
         self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         if documents is not None:
             self.manifest = replace(self.manifest, documents=documents, complete=True)
-        self.manifest.save(self._folder)
+        if self._publish:
+            self.manifest.save(self._folder)
         self._rows = 0
-
-
-def _write_all(file: IO[bytes], data: Any) -> None:
-    """Write all of it: a single unbuffered write may stop short, on a full disk for one."""
-    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
-    while len(view):
-        view = view[file.write(view) :]

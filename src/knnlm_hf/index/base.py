@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from knnlm_hf.errors import KNNLMError, SearchIndexError
 from knnlm_hf.types import Metric, check_k, check_metric
+
+if TYPE_CHECKING:
+    from knnlm_hf.datastore.removal import Removed
+
+_SPARE = 16  # candidates beyond k, and beyond a quarter more, where entries are removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ class IndexInfo:
     """UTC, ISO 8601."""
     faiss_version: str
     """Empty for `exact`."""
+    trained: int
+    """Entries that it was trained on, or a sample of them; later ones were only added."""
     self_check: dict[str, float] = field(default_factory=dict)
     """See `selfcheck.self_check`."""
 
@@ -85,12 +92,15 @@ class SearchIndex(ABC):
         return None if self.info is None else self.info.temperature
 
     @torch.no_grad()
-    def search(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(
+        self, queries_QD: Tensor, k: int, removed: Removed | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Find the k nearest keys of each query, nearest first.
 
         Args:
             queries_QD: (Q, D), of any floating dtype, on any device.
             k: how many, ≥ 1; may exceed N.
+            removed: entries that must not be found; the k nearest others are.
 
         Returns:
             similarity (Q, k) float32, −‖q−k‖² for `l2` and q·k for `ip`; ids (Q, k) int64. Both on
@@ -116,7 +126,34 @@ class SearchIndex(ABC):
                 " in its dtype; run it in bfloat16 or float32"
             )
         with torch.autocast(queries_QD.device.type, enabled=False):
-            return self._search(queries_QD, k)
+            if removed is None:
+                return self._search(queries_QD, k)
+            return self._search_live(queries_QD, k, removed)
+
+    def _search_live(self, queries_QD: Tensor, k: int, removed: Removed) -> tuple[Tensor, Tensor]:
+        """`search` among what is not removed, by any index: ask for more until k of them are live.
+
+        A kind that can leave entries out while it searches does better.
+        """
+        similarity_QK, ids_QK = missing(len(queries_QD), k, queries_QD.device)
+        most = min(len(self), k + removed.entries)
+        wanted = min(most, k + max(_SPARE, k // 4))
+        rows_R = torch.arange(len(queries_QD), device=queries_QD.device)
+        while len(rows_R):
+            found_RM, found_ids_RM = self._search(queries_QD[rows_R], wanted)
+            has_more_R = found_ids_RM[:, -1] >= 0
+            is_live_RM = (found_ids_RM >= 0) & ~removed.covers(found_ids_RM)
+            found_RM = found_RM.masked_fill(~is_live_RM, -torch.inf)
+            found_ids_RM = found_ids_RM.masked_fill(~is_live_RM, -1)
+            order_RM = (~is_live_RM).byte().argsort(dim=1, stable=True)[:, :k]  # the dead last
+            width = order_RM.shape[1]
+            similarity_QK[rows_R, :width] = found_RM.gather(1, order_RM)
+            ids_QK[rows_R, :width] = found_ids_RM.gather(1, order_RM)
+            if wanted == most:
+                break
+            rows_R = rows_R[(is_live_RM.sum(dim=1) < k) & has_more_R]
+            wanted = min(most, 2 * wanted)
+        return similarity_QK, ids_QK
 
 
 def missing(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,16 @@ best candidates so far are kept.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.types import KeyRows, Metric
+
+if TYPE_CHECKING:
+    from knnlm_hf.datastore.removal import Removed
 
 _BLOCK = 1 << 15
 """Keys scored at a time."""
@@ -42,11 +47,20 @@ class ExactIndex(SearchIndex):
         return len(self.keys)
 
     def _search(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        return self._nearest(queries_QD, k, None)
+
+    def _search_live(self, queries_QD: Tensor, k: int, removed: Removed) -> tuple[Tensor, Tensor]:
+        return self._nearest(queries_QD, k, removed)
+
+    def _nearest(
+        self, queries_QD: Tensor, k: int, removed: Removed | None
+    ) -> tuple[Tensor, Tensor]:
         rows, device = queries_QD.shape[0], queries_QD.device
-        if len(self) == 0:
+        live = len(self) - (0 if removed is None else removed.entries)
+        if live == 0:
             return missing(rows, k, device)
-        wanted = min(k + _SPARE, len(self))
-        ids_QK = self._candidates(queries_QD, wanted)
+        wanted = min(k + _SPARE, live)
+        ids_QK = self._candidates(queries_QD, wanted, removed)
         similarity_QK = rescore(queries_QD, ids_QK, self.keys, self.metric)
         similarity_QK, ids_QK = order(similarity_QK, ids_QK)
         found = min(k, wanted)
@@ -55,8 +69,8 @@ class ExactIndex(SearchIndex):
         ids_Qk[:, :found] = ids_QK[:, :found]
         return similarity_Qk, ids_Qk
 
-    def _candidates(self, queries_QD: Tensor, k: int) -> Tensor:
-        """Ids of the k best keys of each query, unordered, by a matrix product over blocks.
+    def _candidates(self, queries_QD: Tensor, k: int, removed: Removed | None) -> Tensor:
+        """Ids of the k best live keys of each query, unordered, by a matrix product over blocks.
 
         For l2 the score is 2q·k − ‖k‖², which ranks as −‖q−k‖² does; queries and keys are moved to
         the keys' centre first, or its digits would drown those of the difference.
@@ -69,6 +83,11 @@ class ExactIndex(SearchIndex):
         chunk = max(1, _SCORES // _BLOCK)
         for first, block_ND in self.keys.blocks(_BLOCK):
             keys_ND = block_ND.to(device, torch.float32)
+            dead_N = (
+                None
+                if removed is None
+                else removed.covers(torch.arange(first, first + len(keys_ND), device=device))
+            )
             if self.metric == "l2":
                 keys_ND = keys_ND - centre_D
                 bias_N = -keys_ND.square().sum(dim=1)
@@ -78,6 +97,8 @@ class ExactIndex(SearchIndex):
                     scores_QN = torch.addmm(bias_N, queries_QD[part], keys_ND.T, alpha=2)
                 else:
                     scores_QN = queries_QD[part] @ keys_ND.T
+                if dead_N is not None:
+                    scores_QN.masked_fill_(dead_N, -torch.inf)
                 new_QM, new_ids_QM = above(scores_QN, scores_QK[part].amin(dim=1), first)
                 merged_QM = torch.cat([scores_QK[part], new_QM], dim=1)
                 merged_ids_QM = torch.cat([ids_QK[part], new_ids_QM], dim=1)

@@ -1,18 +1,16 @@
-"""Approximate search with FAISS, by any factory string; refinement from the stored keys.
+"""Approximate search with FAISS; refinement from the stored keys.
 
-    similarity = −(FAISS's squared distance)   for l2: squared already, so no root
-    similarity = FAISS's inner product         for ip: a similarity already, so not negated
-
-A spec is a FAISS factory string, plus one last component of our own, `Refine(keys)`: FAISS proposes
-the k candidates, the stored keys give their similarities and order. It needs no second copy.
+similarity = −(FAISS's squared distance)   for l2: squared already, so no root
+similarity = FAISS's inner product         for ip: a similarity already, so not negated
 """
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,17 +21,14 @@ from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
 from knnlm_hf.parallel import over_blocks
-from knnlm_hf.progress import track
 from knnlm_hf.types import KeyRows, Metric
 
-REFINE_KEYS = "Refine(keys)"
+if TYPE_CHECKING:
+    from knnlm_hf.datastore.removal import Removed
+
+_log = logging.getLogger(__name__)
+_widening = Lock()  # around a search with more lists than usual
 _SORTED_ROWS = 64
-_ADD_BLOCK = 1 << 16
-_TRAIN_PER_LIST = 256
-_TRAIN_LEAST = 1 << 16
-_TRAIN_BYTES = 2 << 30
-_MIN_LISTS_VISITED = 8
-_MIN_ENTRIES_VISITED = 20_000
 
 
 def load_faiss() -> Any:
@@ -84,7 +79,10 @@ class FaissIndex(SearchIndex):
         self.keys = keys
         self.scores_are_exact = keys is not None
         self._ivf = faiss.try_extract_index_ivf(index)
-        self._hnsw = _hnsw_of(index)
+        parts = list(_parts(index))
+        self._hnsw = next((part.hnsw for part in parts if hasattr(part, "hnsw")), None)
+        self._is_on_gpu = any(hasattr(part, "getDevice") for part in parts)
+        self._host: FaissIndex | None = None
         self._set_threads = faiss.omp_set_num_threads
 
     def __len__(self) -> int:
@@ -131,6 +129,39 @@ class FaissIndex(SearchIndex):
             ids_QK = pad(ids_QK, (0, k - found), value=-1)
         return similarity_QK, ids_QK
 
+    def _search_live(self, queries_QD: Tensor, k: int, removed: Removed) -> tuple[Tensor, Tensor]:
+        """As any index, but with more lists where those visited hold too few live entries."""
+        if self._is_on_gpu:  # where faiss finds 2,048 at most
+            return self._on_the_host()._search_live(queries_QD, k, removed)
+        similarity_QK, ids_QK = super()._search_live(queries_QD, k, removed)
+        wanted = min(k, len(self) - removed.entries)
+        if self._ivf is None or wanted == 0:
+            return similarity_QK, ids_QK
+        with _widening:
+            usual = self._ivf.nprobe
+            try:
+                while self._ivf.nprobe < self._ivf.nlist:
+                    short_Q = ids_QK[:, wanted - 1] < 0
+                    if not bool(short_Q.any()):
+                        break
+                    self._ivf.nprobe = min(2 * self._ivf.nprobe, self._ivf.nlist)
+                    more = super()._search_live(queries_QD[short_Q], k, removed)
+                    similarity_QK[short_Q], ids_QK[short_Q] = more
+            finally:
+                self._ivf.nprobe = usual
+        return similarity_QK, ids_QK
+
+    def _on_the_host(self) -> FaissIndex:
+        """The same index on the CPU, copied there once."""
+        if self._host is None:
+            _log.warning(
+                "documents are removed from the store, so this index is searched on the CPU: build "
+                "one over what store.compact(path) writes"
+            )
+            on_host = load_faiss().index_gpu_to_cpu(self.index)
+            self._host = FaissIndex(on_host, self.metric, keys=self.keys)
+        return self._host
+
 
 def _nearest_first(similarity_QK: Tensor) -> Tensor:
     """The order of each row; on the CPU by numpy, whose vectorised sort is thrice torch's."""
@@ -145,135 +176,13 @@ def _nearest_first(similarity_QK: Tensor) -> Tensor:
     return torch.from_numpy(order_QK)
 
 
-def _hnsw_of(index: Any) -> Any:
-    """The HNSW graph that is searched first, below transforms and refinement; None without one."""
+def _parts(index: Any) -> Iterator[Any]:
+    """The index and those below its transforms and refinement, outermost first."""
     index = load_faiss().downcast_index(index)
+    yield index
     for below in ("index", "base_index"):
         if hasattr(index, below):
-            return _hnsw_of(getattr(index, below))
-    return getattr(index, "hnsw", None)
-
-
-def split_spec(spec: str) -> tuple[str, bool]:
-    """The FAISS factory string of a spec, and whether the stored keys refine."""
-    factory, comma, last = spec.rpartition(",")
-    refines = bool(comma) and last.strip() == REFINE_KEYS
-    return (factory if refines else spec), refines
-
-
-def empty_index(spec: str, dim: int, metric: Metric) -> Any:
-    """An untrained FAISS index, by the spec's factory string.
-
-    Raises:
-        SearchIndexError: FAISS does not know the string, or not for this dimension or metric; or
-            its distances would be no similarities.
-    """
-    faiss = load_faiss()
-    factory, refines = split_spec(spec)
-    if not refines and re.search(r"LSH|L2norm", factory):
-        raise SearchIndexError(
-            f"index {spec!r} does not give −‖q−k‖² or q·k: add ',{REFINE_KEYS}' to it"
-        )
-    if metric == "ip" and re.search(r"PCA|ITQ", factory):
-        raise SearchIndexError(
-            f"index {spec!r} moves the keys' origin, which inner products do not survive: use OPQ "
-            "or RR in place of PCA and ITQ, or metric l2"
-        )
-    try:
-        measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
-        index = faiss.index_factory(dim, factory, measure)
-    except (RuntimeError, AssertionError) as error:
-        raise SearchIndexError(
-            f"FAISS cannot make index {spec!r} for {dim}-d keys and {metric}: {reason(error)}; "
-            "expected 'auto', 'exact' or a FAISS factory string (product quantisers must divide "
-            "the dimension: 'Pad' in front makes it a multiple)"
-        ) from error
-    if index.metric_type != measure:
-        raise SearchIndexError(f"FAISS makes index {spec!r} for another metric than {metric}")
-    return index
-
-
-def fill(
-    index: Any, keys: KeyRows, spec: str, *, seed: int, nprobe: int | None, progress: bool
-) -> None:
-    """Train a FAISS index on a uniform sample of the keys and add them all, block by block.
-
-    Raises:
-        SearchIndexError: too few entries to train it, or FAISS refuses.
-    """
-    faiss = load_faiss()
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    ivf = faiss.try_extract_index_ivf(index)
-    lists = 0 if ivf is None else int(ivf.nlist)
-    if lists > len(keys):
-        raise SearchIndexError(
-            f"index {spec!r} has {lists} lists, the store only {len(keys)} entries: "
-            f"use at most {max(1, len(keys) // 39)} lists, 'auto' or 'exact'"
-        )
-    if ivf is not None:
-        ivf.cp.seed = seed + 1234
-        ivf.nprobe = min(lists, nprobe or default_nprobe(lists, len(keys)))
-    try:
-        if not index.is_trained:
-            index.train(_training_sample(keys, lists, seed))
-        blocks = track(
-            keys.blocks(_ADD_BLOCK),
-            "indexing",
-            _rows,
-            total=len(keys),
-            unit="entries",
-            show=progress,
-        )
-        for _, block in blocks:
-            index.add(block.float().numpy())
-    except (RuntimeError, AssertionError) as error:
-        raise SearchIndexError(
-            f"FAISS cannot build index {spec!r} on {len(keys)} {keys.dim}-d entries: "
-            f"{reason(error)}; use 'auto' or 'exact'"
-        ) from error
-
-
-def default_nprobe(lists: int, entries: int) -> int:
-    """Lists to visit: 8, or as many as hold 20,000 entries, so that k=1024 has a choice."""
-    enough = -(-_MIN_ENTRIES_VISITED * lists // max(entries, 1))
-    return min(lists, max(_MIN_LISTS_VISITED, enough))
-
-
-def read(path: Path) -> Any:
-    """Read a FAISS index, memory-mapped where its type allows that.
-
-    Raises:
-        SearchIndexError: FAISS cannot read the file.
-    """
-    faiss = load_faiss()
-    try:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError:
-        pass  # not every type can be mapped
-    try:
-        return faiss.read_index(str(path))
-    except RuntimeError as error:
-        raise SearchIndexError(f"{path}: FAISS cannot read it: {reason(error)}") from error
-
-
-def write(index: Any, path: Path) -> None:
-    """Write a FAISS index to a file. Raises `OSError` where that fails."""
-    try:
-        load_faiss().write_index(index, str(path))
-    except RuntimeError as error:
-        raise OSError(reason(error)) from error
-
-
-def to_gpu(index: Any) -> Any:
-    """The index on the GPU, where faiss has GPUs and the type exists there; else the index."""
-    faiss = load_faiss()
-    if not torch.cuda.is_available() or getattr(faiss, "get_num_gpus", int)() == 0:
-        return index
-    try:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index)
-    except RuntimeError as error:
-        warnings.warn(f"this index type stays on the CPU: {reason(error)}", stacklevel=2)
-        return index
+            yield from _parts(getattr(index, below))
 
 
 def version() -> str:
@@ -285,17 +194,3 @@ def reason(error: BaseException) -> str:
     """What FAISS complains of, in one line, without its source locations."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"^Error in .*? at \S+?:\d+: (Error: )?", "", text)[:200]
-
-
-def _training_sample(keys: KeyRows, lists: int, seed: int) -> np.ndarray[Any, Any]:
-    """A uniform sample without replacement, float32: 256 keys per list, at most 2 GiB."""
-    wanted = max(_TRAIN_PER_LIST * lists, _TRAIN_LEAST)
-    affordable = max(_TRAIN_BYTES // (4 * keys.dim), 39 * lists)
-    size = min(len(keys), wanted, affordable)
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randperm(len(keys), generator=generator)[:size].sort().values
-    return keys[ids].float().numpy()
-
-
-def _rows(block: tuple[int, Tensor]) -> int:
-    return len(block[1])

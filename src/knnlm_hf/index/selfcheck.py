@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from knnlm_hf.index.base import SearchIndex
 from knnlm_hf.index.exact import ExactIndex, rescore
 from knnlm_hf.interpolation import default_temperature, knn_log_probs
 from knnlm_hf.types import KeyRows
+
+if TYPE_CHECKING:
+    from knnlm_hf.datastore.removal import Removed
 
 _QUERIES = 256
 _COMPARISONS = 1_000_000_000
@@ -18,7 +23,12 @@ _K = 1024
 
 @torch.no_grad()
 def self_check(
-    index: SearchIndex, keys: KeyRows, values: Tensor, *, seed: int = 0
+    index: SearchIndex,
+    keys: KeyRows,
+    values: Tensor,
+    *,
+    seed: int = 0,
+    removed: Removed | None = None,
 ) -> dict[str, float]:
     """Search a sample of the keys in the index and exactly; a key does not count as its own hit.
 
@@ -27,6 +37,7 @@ def self_check(
         keys: N stored keys.
         values: (N,) their tokens.
         seed: of the sample.
+        removed: entries that are neither asked for nor found.
 
     Returns:
         `queries`, `k`: size of the sample, neighbours of each.
@@ -35,21 +46,24 @@ def self_check(
         `entropy`, `exact_entropy`: mean entropy (nats) of the kNN distribution over tokens, from
         the index and from exact search, each at its own suggested temperature.
         `temperature`, `exact_temperature`: suggested t, `interpolation.default_temperature`.
-        Only `queries`, `k` and `temperature` = 1 where there are fewer than 2 keys.
+        Only `queries`, `k` and `temperature` = 1 where fewer than 2 keys are left.
     """
-    k = min(_K, len(keys) - 1)
+    live = len(keys) if removed is None else len(keys) - removed.entries
+    k = min(_K, live - 1)
     if k < 1:
         return {"queries": 0, "k": 0, "temperature": 1.0}
-    size = min(_QUERIES, len(keys), max(16, _COMPARISONS // len(keys)))
+    size = min(_QUERIES, live, max(16, _COMPARISONS // len(keys)))
     generator = torch.Generator().manual_seed(seed)
-    own_Q = torch.randperm(len(keys), generator=generator)[:size]
+    own_Q = torch.randperm(live, generator=generator)[:size]
+    if removed is not None:
+        own_Q = removed.nth_live(own_Q)
     queries_QD = keys[own_Q].float()
     exact = ExactIndex(keys, index.metric)
-    true_QK, true_ids_QK = _without(own_Q, *exact.search(queries_QD, k + 1))
+    true_QK, true_ids_QK = _without(own_Q, *exact.search(queries_QD, k + 1, removed))
     if isinstance(index, ExactIndex):
         found_QK, ids_QK = true_QK, true_ids_QK
     else:
-        found_QK, ids_QK = _without(own_Q, *index.search(queries_QD, k + 1))
+        found_QK, ids_QK = _without(own_Q, *index.search(queries_QD, k + 1, removed))
     checked_QK = rescore(queries_QD, ids_QK, keys, index.metric)
     hit_QK = ids_QK >= 0
     error = (found_QK - checked_QK).abs() / checked_QK.abs().clamp(min=1e-12)

@@ -129,6 +129,7 @@ class KNNMemory:
 
         Returns:
             `Neighbors` of (Q, k) tensors on the queries' device; missing hits −inf, −1, −1.
+            Entries of removed documents are never among them.
         """
         k = self.k if k is None else check_k(k)
         if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
@@ -137,7 +138,11 @@ class KNNMemory:
                 f"the datastore has {self.hidden_size}-d keys of layer {self.layer!r}"
             )
         wanted = k if exclude is None else k + 1
-        similarity_QK, ids_QK = self.index.search(queries, wanted)
+        removed = self.store.removed
+        if removed is None:
+            similarity_QK, ids_QK = self.index.search(queries, wanted)
+        else:
+            similarity_QK, ids_QK = self.index.search(queries, wanted, removed)
         if self.rescore and not self.index.scores_are_exact:
             similarity_QK = rescore(queries, ids_QK, self.store.keys, self.metric)
         if exclude is not None:
@@ -232,7 +237,7 @@ class KNNMemory:
             self.store.path / "indexes",
             spec=index,
             metric=self.metric,
-            digest=self.store.digest,
+            digest=self.store.manifest.rows_digest,
         )
         if built is not None:
             return built
@@ -270,10 +275,10 @@ class KNNMemory:
         info = self.index.info
         if info is not None and info.temperature is not None:
             return float(info.temperature)
-        if len(self.store) < 2:
+        if self.store.live < 2:
             return 1.0
         generator = torch.Generator().manual_seed(0)
-        sample_Q = torch.randint(len(self.store), (64,), generator=generator)
+        sample_Q = self.store.nth_live(torch.randint(self.store.live, (64,), generator=generator))
         near = self.search(self.store.keys[sample_Q].float(), exclude=sample_Q)
         try:
             return check_temperature(default_temperature(near.similarity))

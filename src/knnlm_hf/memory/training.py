@@ -101,11 +101,13 @@ class Entries:
     """
 
     def __init__(self, store: DatastoreReader, seed: int) -> None:
-        if len(store) < 2:
-            raise KNNLMError(f"{store.path} has {len(store)} entries, expected 2 or more to train")
+        live = store.live
+        if live < 2:
+            raise KNNLMError(f"{store.path} has {live} entries, expected 2 or more to train")
         self.store, self.seed = store, seed
-        starts = torch.arange(0, len(store), min(_RUN, max(1, len(store) // 8)))
-        self.run = int(starts[1] - starts[0]) if len(starts) > 1 else len(store)
+        # Runs of live entries: those of removed documents are skipped as if they were not there.
+        starts = torch.arange(0, live, min(_RUN, max(1, live // 8)))
+        self.run = int(starts[1] - starts[0]) if len(starts) > 1 else live
         order = starts[torch.randperm(len(starts), generator=self._generator(-1))]
         held = min(_MOST_HELD_OUT, max(1, len(starts) // _HELD_OUT_EVERY))
         self.held_out_runs, self.runs = order[:held], order[held:]
@@ -113,6 +115,11 @@ class Entries:
     def __len__(self) -> int:
         """Entries trained on."""
         return len(self._ids(self.runs))
+
+    @property
+    def trained_ids(self) -> Tensor:
+        """(n,) int64, the numbers of the entries that are trained on."""
+        return self._ids(self.runs)
 
     @property
     def held_out_ids(self) -> Tensor:
@@ -140,8 +147,8 @@ class Entries:
             yield self._read(batch)
 
     def _ids(self, runs: Tensor) -> Tensor:
-        ids = (runs[:, None] + torch.arange(self.run)).reshape(-1)
-        return ids[ids < len(self.store)]
+        ranks = (runs[:, None] + torch.arange(self.run)).reshape(-1)
+        return self.store.nth_live(ranks[ranks < self.store.live])
 
     def _read(self, ids_Q: Tensor) -> Batch:
         keys_QD = self.store.keys[ids_Q].float()
