@@ -11,6 +11,7 @@ from knnlm_hf import identity
 from knnlm_hf.capture import CapturePoint, find
 from knnlm_hf.errors import KNNLMError, ModelMismatchError
 from knnlm_hf.memory.base import Memory, as_memory
+from knnlm_hf.modeling.heads import bring
 from knnlm_hf.types import each
 
 
@@ -58,6 +59,8 @@ def terms_of(
 ) -> tuple[Term, ...]:
     """Return the terms of `memory`, one or a list of them, after checking that each fits `model`.
 
+    Heads are moved to the model's device.
+
     Args:
         model: from `base_of`.
         memory: what `as_memory` takes, or a list or tuple of that.
@@ -72,6 +75,7 @@ def terms_of(
         one = as_memory(source)
         point = check_fit(model, one, name or one.layer, allow_mismatch)
         terms.append(Term(one, point, after_slicing(model, point)))
+    bring((term.memory for term in terms), model)
     return tuple(terms)
 
 

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -34,9 +33,10 @@ from knnlm_hf.modeling.clone import forward_slot, rebind, shallow_clone, take_ow
 from knnlm_hf.modeling.config import KNNLMConfig
 from knnlm_hf.modeling.explain import Explanation, explain
 from knnlm_hf.modeling.fit import base_of, terms_of, weights_now
-from knnlm_hf.modeling.heads import bring, follow, heads
-from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
+from knnlm_hf.modeling.heads import follow, heads
+from knnlm_hf.modeling.mixture import Retrieval
 from knnlm_hf.modeling.saving import Saving
+from knnlm_hf.modeling.subclass import mixin_of, subclass
 from knnlm_hf.types import check_lmbdas, one_or_all
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         base = model.unwrap() if isinstance(model, KNNLMForCausalLM) else base_of(model)
         terms = terms_of(base, memory, layer, allow_mismatch)
         lmbdas = check_lmbdas(lmbda, len(terms))
-        bring((term.memory for term in terms), base)
-        knn: KNNLMForCausalLM = shallow_clone(base, _subclass(_mixin(cls), type(base)))
+        knn: KNNLMForCausalLM = shallow_clone(base, subclass(mixin_of(cls), type(base)))
         knn.__dict__["_knnlm"] = Retrieval(
             terms,
             lmbdas,
@@ -142,7 +141,6 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
                 f"{len(terms)} memories for {len(own.lmbdas)} lmbdas: "
                 "wrap the model anew, with as many of each"
             )
-        bring((term.memory for term in terms), self)
         self.__dict__["_knnlm"] = replace(own, terms=terms)
 
     @property
@@ -240,11 +238,11 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KNNLMForCausalLM:
         """Copies the model, not its memories."""
-        return _rebuild(_mixin(type(self)), copy.deepcopy(self.unwrap(), memo), *self._settings())
+        return _rebuild(mixin_of(type(self)), copy.deepcopy(self.unwrap(), memo), *self._settings())
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles the model as its own class; a memory pickles itself, or says why not."""
-        return _rebuild, (_mixin(type(self)), self.unwrap(), *self._settings())
+        return _rebuild, (mixin_of(type(self)), self.unwrap(), *self._settings())
 
     def _settings(self) -> tuple[Any, Any, Any, dict[str, Any]]:
         return self.memory, self.lmbda, self._layer, self._own.weights
@@ -265,43 +263,6 @@ def _rebuild(
     knn = mixin(base, memory, lmbda, layer=layer, allow_mismatch=True)
     knn._own.weights = weights
     return knn
-
-
-def _mixin(cls: type[KNNLMForCausalLM]) -> type[KNNLMForCausalLM]:
-    """KNNLMForCausalLM, or the user's subclass of it, behind a class made by `_subclass`."""
-    mixin: type[KNNLMForCausalLM] = cls.__dict__.get("_knnlm_mixin", cls)
-    return mixin
-
-
-_classes: dict[tuple[type, type], type[Any]] = {}
-
-
-def _subclass(mixin: type[KNNLMForCausalLM], base: type[PreTrainedModel]) -> type[Any]:
-    """The class of wrappers around models of class `base`, made once."""
-    if (mixin, base) not in _classes:
-        _classes[mixin, base] = _new_subclass(mixin, base)
-    return _classes[mixin, base]
-
-
-def _new_subclass(mixin: type[KNNLMForCausalLM], base: type[PreTrainedModel]) -> type[Any]:
-
-    @wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own: Retrieval | None = self.__dict__.get("_knnlm")
-        inner = (own and own.own_forward) or base.forward.__get__(self)
-        if own is None or not self.retrieves:
-            return inner(*args, **kwargs)
-        return mixed_forward(self, own, inner, args, kwargs)
-
-    members = {
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-        "config_class": base.config_class,
-        "_knnlm_base": base,
-        "_knnlm_mixin": mixin,
-        "forward": as_it_is(forward),
-    }
-    return type(base.__name__, (mixin, base), members)
 
 
 AutoModelForCausalLM.register(KNNLMConfig, KNNLMForCausalLM, exist_ok=True)

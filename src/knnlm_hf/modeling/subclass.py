@@ -1,0 +1,50 @@
+"""The class of a wrapper: a subclass of its model's own class, made on the fly.
+
+It keeps the name and module of the model's class, by which transformers looks things up, and the
+signature of its `forward`, which generate, Trainer and lm-eval read.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
+
+_classes: dict[tuple[type, type], type[Any]] = {}
+
+
+def subclass(mixin: type[Any], base: type[PreTrainedModel]) -> type[Any]:
+    """The class of wrappers around models of class `base`, made once."""
+    if (mixin, base) not in _classes:
+        _classes[mixin, base] = _new_subclass(mixin, base)
+    return _classes[mixin, base]
+
+
+def _new_subclass(mixin: type[Any], base: type[PreTrainedModel]) -> type[Any]:
+
+    @wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own: Retrieval | None = self.__dict__.get("_knnlm")
+        inner = (own and own.own_forward) or base.forward.__get__(self)
+        if own is None or not self.retrieves:
+            return inner(*args, **kwargs)
+        return mixed_forward(self, own, inner, args, kwargs)
+
+    members = {
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+        "config_class": base.config_class,
+        "_knnlm_base": base,
+        "_knnlm_mixin": mixin,
+        "forward": as_it_is(forward),
+    }
+    return type(base.__name__, (mixin, base), members)
+
+
+def mixin_of(cls: type[Any]) -> type[Any]:
+    """KNNLMForCausalLM, or the user's subclass of it, behind a class made by `subclass`."""
+    mixin: type[Any] = cls.__dict__.get("_knnlm_mixin", cls)
+    return mixin
