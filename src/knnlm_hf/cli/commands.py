@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from knnlm_hf import __version__
+from knnlm_hf.cli import study
 from knnlm_hf.cli.inputs import load_corpus, load_knn, load_model
 from knnlm_hf.cli.options import (
     BatchSize,
@@ -61,6 +62,7 @@ app = typer.Typer(
     help="Nearest-neighbour language models for Hugging Face transformers.",
     pretty_exceptions_enable=False,
 )
+app.add_typer(study.app, name="study")
 
 
 def _version(show: bool) -> None:

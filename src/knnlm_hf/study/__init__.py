@@ -46,6 +46,7 @@ from knnlm_hf.study.bootstrap import Comparison, compare
 from knnlm_hf.study.catalogue import Experiment, experiments
 from knnlm_hf.study.measure import Measured, against, measure
 from knnlm_hf.study.outcome import Outcome, Plot, Series
+from knnlm_hf.study.report import report
 from knnlm_hf.study.runner import run
 from knnlm_hf.study.settings import QUICK, Settings
 from knnlm_hf.study.study import Study
@@ -64,5 +65,6 @@ __all__ = [
     "compare",
     "experiments",
     "measure",
+    "report",
     "run",
 ]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from knnlm_hf.errors import KNNLMError
 
+_FEWEST_BLOCKS = 10
 _FEWEST_DOCUMENTS = 50
 _SHORTEST, _LONGEST = 64, 512  # tokens of a run
 _RUNS = 100
@@ -39,13 +40,18 @@ class Comparison:
 
     @property
     def better(self) -> bool:
-        """Whether a is better than b with 95 % confidence."""
-        return self.high < 1
+        """Whether a is better than b with 95 % confidence; never on fewer than 10 blocks."""
+        return self.blocks >= _FEWEST_BLOCKS and self.high < 1
+
+    @property
+    def equal(self) -> bool:
+        """Whether they differ by less than half a percent with 95 % confidence."""
+        return self.blocks >= _FEWEST_BLOCKS and 0.995 < self.low <= self.high < 1.005
 
     @property
     def worse(self) -> bool:
-        """Whether a is worse than b with 95 % confidence."""
-        return self.low > 1
+        """Whether a is worse than b with 95 % confidence; never on fewer than 10 blocks."""
+        return self.blocks >= _FEWEST_BLOCKS and self.low > 1
 
     def __str__(self) -> str:
         return f"{self.ratio:.3f} × [{self.low:.3f}, {self.high:.3f}]"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from knnlm_hf.scores import TokenScores
+from knnlm_hf.scores import TokenScores, exp
 from knnlm_hf.study.bootstrap import Comparison, compare
 from knnlm_hf.study.study import Study
 from knnlm_hf.tuning import Tuned, fit
@@ -24,10 +24,12 @@ class Measured:
     test: TokenScores
     log_probs: Tensor
     """(N,) of the mixture, on test."""
+    memory_log_probs: Tensor
+    """(N,) of the memory alone, on test, −inf possible; (n, N) of n memories."""
 
     def row(self, **more: Any) -> dict[str, Any]:
         """The setting as a row of results."""
-        settings = self.tuned.temperature, self.tuned.k
+        memory_nN = self.memory_log_probs.reshape(-1, len(self.test))
         return {
             "setting": self.name,
             **more,
@@ -40,10 +42,15 @@ class Measured:
             "split": "test",
             "tokens": len(self.test),
             "base_perplexity": self.test.base_perplexity,
-            "memory_perplexity": self.test.memory_perplexity(*settings),
-            "oracle_perplexity": self.test.oracle(*settings),
-            "perplexity": self.test.perplexity(self.tuned.lmbda, *settings),
+            "memory_perplexity": _perplexity(memory_nN[0]) if len(memory_nN) == 1 else None,
+            "oracle_perplexity": _perplexity(self.test.lm_log_probs.maximum(memory_nN.amax(0))),
+            "perplexity": self.perplexity,
         }
+
+    @property
+    def perplexity(self) -> float:
+        """Of the mixture, on test."""
+        return _perplexity(self.log_probs)
 
 
 def measure(
@@ -67,7 +74,8 @@ def measure(
         ks = [valid.k]
     tuned = fit(valid, ks=ks, temperatures=temperatures, lmbdas=lmbdas)
     log_probs = test.log_probs(tuned.lmbda, tuned.temperature, tuned.k)
-    return Measured(name, tuned, test, log_probs)
+    memory = test.memory_log_probs(tuned.temperature, tuned.k)
+    return Measured(name, tuned, test, log_probs, memory)
 
 
 def against(study: Study, a: Measured, b: Measured | None = None) -> Comparison:
@@ -77,3 +85,7 @@ def against(study: Study, a: Measured, b: Measured | None = None) -> Comparison:
         a.log_probs, other, a.test.documents,
         seed=study.settings.seed, resamples=study.settings.resamples,
     )  # fmt: skip
+
+
+def _perplexity(log_probs_N: Tensor) -> float:
+    return exp(-log_probs_N.double().mean().item())

@@ -26,7 +26,9 @@ RESULTS = "results"
 _PACKAGES = ("torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy", "safetensors")
 
 
-def run(study: Study, only: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def run(
+    study: Study, only: Sequence[str] | None = None, *, command: str = ""
+) -> list[dict[str, Any]]:
     """Run the experiments that are not finished, and return the results of all that were asked for.
 
     An experiment is finished if its result is there and was made from the same model, texts,
@@ -35,6 +37,7 @@ def run(study: Study, only: Sequence[str] | None = None) -> list[dict[str, Any]]
     Args:
         study: what they are run on.
         only: names of experiments; None: all.
+        command: what the report shall say made it.
 
     Raises:
         KNNLMError: an unknown name, or another study is running in the folder.
@@ -51,7 +54,7 @@ def run(study: Study, only: Sequence[str] | None = None) -> list[dict[str, Any]]
             "another folder"
         ) from error
     try:
-        write_json(folder / "study.json", _facts(study))
+        write_json(folder / "study.json", _facts(study) | {"command": command})
         return _run_all(study, experiments, folder)
     finally:
         lock.release()
