@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CentroidMemory": "memory",
     "KNNLMForCausalLM": "modeling",
     "KNNLMConfig": "modeling",
     "Datastore": "build",
@@ -22,7 +23,9 @@ _HOMES = {
     "MixtureOfSoftmaxes": "memory",
     "MultiEmbeddingHead": "memory",
     "Neighbors": "types",
+    "SoftTargets": "memory",
     "TokenScores": "scores",
+    "distil": "memory",
     "score": "scoring",
     "perplexity": "scoring",
     "tune": "tuning",
@@ -36,11 +39,14 @@ if TYPE_CHECKING:
     from knnlm_hf.build import Datastore as Datastore
     from knnlm_hf.errors import DatastoreError as DatastoreError
     from knnlm_hf.errors import KNNLMError as KNNLMError
+    from knnlm_hf.memory import CentroidMemory as CentroidMemory
     from knnlm_hf.memory import KNNMemory as KNNMemory
     from knnlm_hf.memory import Memory as Memory
     from knnlm_hf.memory import MixtureOfSoftmaxes as MixtureOfSoftmaxes
     from knnlm_hf.memory import MLPMemory as MLPMemory
     from knnlm_hf.memory import MultiEmbeddingHead as MultiEmbeddingHead
+    from knnlm_hf.memory import SoftTargets as SoftTargets
+    from knnlm_hf.memory import distil as distil
     from knnlm_hf.modeling import KNNLMConfig as KNNLMConfig
     from knnlm_hf.modeling import KNNLMForCausalLM as KNNLMForCausalLM
     from knnlm_hf.scores import TokenScores as TokenScores

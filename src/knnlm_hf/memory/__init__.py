@@ -1,13 +1,16 @@
 """Memories: whatever turns captured hidden states into a distribution over the vocabulary."""
 
 from knnlm_hf.memory.base import Memory, as_memory
+from knnlm_hf.memory.centroids import CentroidMemory
+from knnlm_hf.memory.distillation import distil
 from knnlm_hf.memory.evidence import Evidence, evidence
 from knnlm_hf.memory.knn import KNNMemory
 from knnlm_hf.memory.mixture_of_softmaxes import MixtureOfSoftmaxes
 from knnlm_hf.memory.mlp import MLPMemory
 from knnlm_hf.memory.multi_embedding import MultiEmbeddingHead
+from knnlm_hf.memory.soft_targets import SoftTargets
 
 __all__ = [
-    "Evidence", "KNNMemory", "MLPMemory", "Memory", "MixtureOfSoftmaxes", "MultiEmbeddingHead",
-    "as_memory", "evidence",
+    "CentroidMemory", "Evidence", "KNNMemory", "MLPMemory", "Memory", "MixtureOfSoftmaxes",
+    "MultiEmbeddingHead", "SoftTargets", "as_memory", "distil", "evidence",
 ]  # fmt: skip

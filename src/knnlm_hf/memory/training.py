@@ -76,6 +76,8 @@ class Trained:
     """Entries trained on."""
     store: str
     """Digest of the datastore."""
+    teacher: dict[str, Any] | None = None
+    """α and the kNN memory that it was distilled from; None: trained on next tokens alone."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -166,6 +168,7 @@ def train(
     recipe: Recipe,
     *,
     loss: Callable[[Batch], Tensor] | None = None,
+    teacher: dict[str, Any] | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> Trained:
@@ -177,6 +180,7 @@ def train(
         recipe: how.
         loss: what is trained on instead, of a batch on the head's device (its `ids` stay on the
             CPU); held-out loss stays the head's own.
+        teacher: plain data that says what `loss` was distilled from; kept in `Trained`.
         checkpoint: folder to write after every epoch and to continue from, with the same recipe
             and store; removed at the end.
         progress: show loss and perplexity on stderr.
@@ -186,7 +190,7 @@ def train(
     """
     recipe.check()
     entries = Entries(store, recipe.seed)
-    run = _Run(head, entries, recipe, None if checkpoint is None else Path(checkpoint))
+    run = _Run(head, entries, recipe, teacher, None if checkpoint is None else Path(checkpoint))
     objective = loss or (lambda batch: head(batch.keys, batch.tokens))
     with bar(progress) as shown:
         task = shown.add_task("training", total=recipe.epochs * len(entries), rate="")
@@ -206,9 +210,15 @@ class _Run:
     """The state of one training: weights, optimizer, schedule, best so far."""
 
     def __init__(
-        self, head: nn.Module, entries: Entries, recipe: Recipe, checkpoint: Path | None
+        self,
+        head: nn.Module,
+        entries: Entries,
+        recipe: Recipe,
+        teacher: dict[str, Any] | None,
+        checkpoint: Path | None,
     ) -> None:
         self.head, self.entries, self.recipe, self.checkpoint = head, entries, recipe, checkpoint
+        self.teacher = teacher
         self.parameters = dict(head.named_parameters())
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = torch.optim.AdamW(self.parameters.values(), recipe.lr, weight_decay=0.0)
@@ -256,7 +266,8 @@ class _Run:
         if self.checkpoint is not None:
             for name in ("state.json", *(f"{self.epoch}.safetensors",)):
                 (self.checkpoint / name).unlink(missing_ok=True)
-        return Trained(self.recipe, self.epoch, self.best_loss, len(self.entries), store.digest)
+        entries, teacher = len(self.entries), self.teacher
+        return Trained(self.recipe, self.epoch, self.best_loss, entries, store.digest, teacher)
 
     def _rate(self) -> float:
         warmup = max(1, int(self.steps * self.recipe.warmup))
@@ -288,6 +299,7 @@ class _Run:
             "recipe": asdict(self.recipe),
             "store": self.entries.store.digest,
             "parameters": shapes,
+            "teacher": self.teacher,
         }
 
     def _save(self, folder: Path) -> None:
