@@ -53,7 +53,13 @@ def test_by_reference(knn: Any, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config["model_type"] == "knnlm"
     assert config["base_model_name_or_path"] == str(tmp_path / "gpt2")
-    assert config["store"] == str(tmp_path / "store")
+    assert config["memories"] == [
+        {
+            "settings": knn.memory.settings(),
+            "source": str(tmp_path / "store"),
+            "revision": None,
+        }
+    ]
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_knnlm.KNNLMForCausalLM"
     loaded = KNNLMForCausalLM.from_pretrained(tmp_path / "saved")
     assert same(loaded, knn)
@@ -129,7 +135,7 @@ def test_missing_parts_are_named(knn: Any, tmp_path: Path) -> None:
     with pytest.raises(PersistenceError, match="holds a 'gpt2' model, expected a kNN model"):
         load(tmp_path / "gpt2")
     shutil.move(tmp_path / "store", tmp_path / "elsewhere")
-    with pytest.raises(PersistenceError, match=r"datastore is missing .*pass memory="):
+    with pytest.raises(PersistenceError, match=r"datastore is missing or damaged .*pass memory="):
         load(tmp_path / "saved")
     found = load(tmp_path / "saved", memory=tmp_path / "elsewhere")
     assert found.memory.store.path == tmp_path / "elsewhere"
@@ -238,7 +244,8 @@ def test_parts_on_the_hub_are_referred_to(
     KNNLMForCausalLM(base, cached, 0.4).push_to_hub("me/knn")
     config = json.loads((tmp_path / "pushed" / "config.json").read_text())
     assert (config["base_model_name_or_path"], config["base_revision"]) == ("openai/gpt2", "def456")
-    assert (config["store"], config["store_revision"]) == ("me/store", "abc123")
+    (memory,) = config["memories"]
+    assert (memory["source"], memory["revision"]) == ("me/store", "abc123")
     assert not names(tmp_path / "pushed") & {"base", "memory"}
     card = (tmp_path / "pushed" / "README.md").read_text()
     assert "base_model: openai/gpt2\ndatasets:\n- me/store" in card

@@ -58,6 +58,23 @@ def describe(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     }
 
 
+def is_description(value: Any) -> bool:
+    """Whether it is what `describe` gives, as far as `differences` relies on it."""
+    return (
+        isinstance(value, dict)
+        and {"id", "revision", "architecture", "config", "weights", "tokenizer"} <= value.keys()
+        and isinstance(value["config"], dict)
+        and isinstance(value["weights"], dict)
+        and all(
+            isinstance(weight, dict)
+            and isinstance(weight.get("shape"), list)
+            and isinstance(weight.get("sample"), list)
+            and all(isinstance(number, int | float) for number in weight["sample"])
+            for weight in value["weights"].values()
+        )
+    )
+
+
 def differences(recorded: dict[str, Any], model: nn.Module, tokenizer: Any = None) -> list[str]:
     """How `model` differs from the recorded one, a clause per difference; empty where it is it.
 

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,37 +126,48 @@ def hub_origin(folder: Path) -> tuple[str | None, str | None]:
 def knn_model_card(
     base: str | None,
     architecture: str,
-    lmbda: float,
-    settings: dict[str, Any],
-    store: str | None,
-    entries: int,
-    layer: str,
+    lmbdas: Sequence[float],
+    memories: Sequence[dict[str, Any]],
+    summaries: Sequence[str],
 ) -> str:
-    """README.md of a saved kNN model, as Markdown with YAML metadata."""
+    """README.md of a saved kNN model, as Markdown with YAML metadata.
+
+    Args:
+        base: id or path of the base model, if it has one.
+        architecture: its class.
+        lmbdas: λ of each memory.
+        memories: what config.json keeps of each.
+        summaries: each in a few words.
+    """
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
     metadata += ["- knn-lm", "- knnlm-hf", "- retrieval"]
     if base is not None and is_hub_id(base):
         metadata.append(f"base_model: {base}")
-    if store is not None and is_hub_id(store):
-        metadata += ["datasets:", f"- {store}"]
-    shown = "inside this folder" if store is None else f"`{store}`"
+    sources = [memory.get("source") or "" for memory in memories]
+    stores = [
+        source
+        for source, memory in zip(sources, memories, strict=True)
+        if memory["settings"]["kind"] == "knn" and is_hub_id(source)
+    ]
+    metadata += ["datasets:", *(f"- {store}" for store in stores)] if stores else []
+    rows = []
+    for lmbda, memory, source, summary in zip(lmbdas, memories, sources, summaries, strict=True):
+        rows.append(f"| **memory** | {summary}, {f'`{source}`' if source else 'in this folder'} |")
+        rows.append(f"| λ | {lmbda:g} |")
+        rows += [f"| {name} | {value} |" for name, value in memory["settings"].items()]
     return f"""---
 {chr(10).join(metadata)}
 ---
 
 # Nearest-neighbour language model
 
-{architecture} mixed with a datastore of {entries:,} entries:
-P(w|c) = (1−λ) · P_LM(w|c) + λ · P_kNN(w|c), with λ = {lmbda:g}.
+{architecture} mixed with {" and ".join(summaries)}:
+P(w|c) = (1−Σλ) · P_LM(w|c) + Σ λ · P_memory(w|c).
 
 | | |
 |---|---|
 | base model | {f"`{base}`" if base else "inside this folder"} |
-| datastore | {shown} |
-| layer | `{layer}` |
-| k | {settings.get("k")} |
-| temperature | {settings.get("temperature")} |
-| metric | {settings.get("metric")} |
+{chr(10).join(rows)}
 
 ```python
 from knnlm_hf import KNNLMForCausalLM

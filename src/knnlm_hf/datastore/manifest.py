@@ -14,6 +14,7 @@ import torch
 
 from knnlm_hf.datastore import atomic
 from knnlm_hf.errors import DatastoreError
+from knnlm_hf.identity import is_description
 from knnlm_hf.untrusted import is_count, read_json
 
 NAME = "manifest.json"
@@ -171,23 +172,6 @@ def _is_plain_name(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", value) is not None
 
 
-def _is_identity(value: Any) -> bool:
-    """Whether it is what `identity.describe` gives, as far as `identity.differences` relies on."""
-    return (
-        isinstance(value, dict)
-        and {"id", "revision", "architecture", "config", "weights", "tokenizer"} <= value.keys()
-        and isinstance(value["config"], dict)
-        and isinstance(value["weights"], dict)
-        and all(
-            isinstance(weight, dict)
-            and isinstance(weight.get("shape"), list)
-            and isinstance(weight.get("sample"), list)
-            and all(isinstance(number, int | float) for number in weight["sample"])
-            for weight in value["weights"].values()
-        )
-    )
-
-
 _MOST_TOKENS = 1 << 24  # a vocabulary: one row of its distribution is 64 MiB
 _OPTIONAL: dict[str, Any] = {"removed": None, "appended": []}  # what an absent field stands for
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -200,7 +184,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "batch_size": (is_count, "a count"),
     "shard_size": (is_count, "a count"),
     "bos": (lambda v: isinstance(v, bool), "true or false"),
-    "model": (_is_identity, "the identity of a model"),
+    "model": (is_description, "the identity of a model"),
     "shards": (lambda v: isinstance(v, list), "a list"),
     "documents": (lambda v: is_count(v, least=0), "a count"),
     "complete": (lambda v: isinstance(v, bool), "true or false"),

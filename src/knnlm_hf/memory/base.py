@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from knnlm_hf.errors import KNNLMError
+from knnlm_hf.errors import KNNLMError, PersistenceError
+
+if TYPE_CHECKING:
+    from knnlm_hf.datastore import DatastoreReader
+    from knnlm_hf.memory.head import Head
 
 
 @runtime_checkable
@@ -16,8 +20,7 @@ class Memory(Protocol):
 
     A class that has these five names is a memory; it need not inherit from anything. It may also
     have `check_model(model)` and `check_tokenizer(tokenizer)`, raising `ModelMismatchError` for one
-    that it was not made with, and `settings()`, plain data from which `save_pretrained` can restore
-    it.
+    that it was not made with. What it takes to be saved with a model is said in `kinds.register`.
     """
 
     @property
@@ -44,11 +47,13 @@ class Memory(Protocol):
 
 
 def as_memory(source: Any) -> Memory:
-    """A memory from a memory, an open datastore, or the path or Hub id of a datastore."""
+    """A memory from a memory, an open datastore, or the path or Hub id of a datastore or a head."""
     from knnlm_hf.datastore import DatastoreReader
     from knnlm_hf.memory.knn import KNNMemory
 
-    if isinstance(source, str | Path | DatastoreReader):
+    if isinstance(source, str | Path):
+        source = open_source(source)
+    if isinstance(source, DatastoreReader):
         return KNNMemory(source)
     if isinstance(source, Memory):
         return source
@@ -57,6 +62,30 @@ def as_memory(source: Any) -> Memory:
         f"{type(source).__name__} is no memory (it lacks {', '.join(missing)}): "
         "expected a Datastore, the path of one, a KNNMemory or a head"
     )
+
+
+def open_source(source: str | Path) -> DatastoreReader | Head:
+    """Open the datastore or the trained head in a folder or a repository of the Hub.
+
+    Raises:
+        PersistenceError, DatastoreError: neither is there, or it is damaged.
+    """
+    from knnlm_hf.datastore import DatastoreReader
+    from knnlm_hf.memory.head import Head
+    from knnlm_hf.memory.head_files import is_head
+
+    if is_head(Path(source).expanduser()):
+        return Head.from_pretrained(source)
+    try:
+        return DatastoreReader.open(source)
+    except PersistenceError as error:
+        try:
+            return Head.from_pretrained(source)
+        except PersistenceError as other:
+            if str(other) == str(error):
+                raise error from None
+            both = f"neither a datastore ({error}) nor a head ({other})"
+            raise PersistenceError(f"{source}: {both}") from other
 
 
 _NAMES = ("layer", "hidden_size", "vocab_size", "log_probs", "token_log_probs")

@@ -1,4 +1,4 @@
-"""What every trained memory shares: sizes, shapes and chunks of queries, training, its registry.
+"""What every trained memory shares: sizes, shapes and chunks of queries, training, its model.
 
 A kind of head says how hidden states become a distribution (`_log_probs`) and what it is made from
 (`settings`); the rest is written here, once.
@@ -9,7 +9,6 @@ Shape suffixes: Q query, D dimension, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from knnlm_hf import identity
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.memory.head_files import HeadFiles
+from knnlm_hf.memory.kinds import register
 from knnlm_hf.memory.training import Recipe, Trained, recipe_with, train
 from knnlm_hf.types import check_count
 
@@ -26,17 +27,8 @@ _CHUNK_ELEMENTS = 1 << 24  # logits held at a time
 _SIZES = ("hidden_size", "vocab_size", "layer")
 RECIPE_FIELDS = Recipe.__dataclass_fields__
 
-_MODULES = {
-    "multi_embedding": "multi_embedding",
-    "mixture_of_softmaxes": "mixture_of_softmaxes",
-    "centroids": "centroids",
-    "mlp": "mlp",
-}
-"""Kind → the module of this package whose class it is; imported when first asked for."""
-_CLASSES: dict[str, type[Head]] = {}
 
-
-class Head(nn.Module):
+class Head(HeadFiles, nn.Module):
     """A memory that was trained on a datastore and needs it no longer.
 
     A subclass sets `kind`, defines `_log_probs` and extends `settings`, from which its constructor
@@ -79,7 +71,7 @@ class Head(nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "kind" in cls.__dict__:
-            _CLASSES[cls.kind] = cls
+            register(cls)
 
     @classmethod
     def train_on(
@@ -221,6 +213,15 @@ class Head(nn.Module):
             )
         return cls(**settings)
 
+    @classmethod
+    def _blank(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """A head of these settings (without `kind`) for saved tensors, on no device yet.
+
+        Neither settings nor tensors are trusted: nothing is allocated by what the settings claim.
+        """
+        with torch.device("meta"):
+            return cls._made(settings)
+
     def _chunks(self, rows_Q: Tensor) -> tuple[Tensor, ...]:
         return torch.split(rows_Q, max(1, _CHUNK_ELEMENTS // self._width))
 
@@ -257,16 +258,3 @@ class Head(nn.Module):
         """A parameter, or a floating-point buffer."""
         tensors = (*self.parameters(), *self.buffers())
         return next(tensor for tensor in tensors if tensor.is_floating_point())
-
-
-def head_class(kind: Any) -> type[Head]:
-    """The class of a kind of head.
-
-    Raises:
-        SettingError: no kind of this package, nor one defined since.
-    """
-    if isinstance(kind, str) and kind not in _CLASSES and kind in _MODULES:
-        import_module(f"knnlm_hf.memory.{_MODULES[kind]}")
-    if not isinstance(kind, str) or kind not in _CLASSES:
-        raise SettingError(f"unknown kind of head {kind!r}: choose one of {', '.join(_MODULES)}")
-    return _CLASSES[kind]

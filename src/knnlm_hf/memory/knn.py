@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from knnlm_hf.index import (
     wrap_index,
 )
 from knnlm_hf.interpolation import default_temperature, knn_log_probs, token_knn_log_probs
+from knnlm_hf.memory.kinds import register
+from knnlm_hf.memory.knn_files import KNNFiles
 from knnlm_hf.types import Metric, Neighbors, check_k, check_metric, check_temperature
 
 _log = logging.getLogger(__name__)
@@ -28,7 +30,8 @@ _MANY_ENTRIES = 1_000_000  # above this, exact search without having been asked 
 _MAX_DISTRIBUTION = 1 << 26  # (Q, V) elements made at a time
 
 
-class KNNMemory:
+@register
+class KNNMemory(KNNFiles):
     """The k nearest entries of a datastore, as a distribution over their next tokens.
 
         p(w | h) = Σ_{i ∈ kNN(h), value_i = w} softmax(s_i / t)_i,   s_i = −‖h − key_i‖² or h·key_i
@@ -53,6 +56,8 @@ class KNNMemory:
         DatastoreError: the store is missing, unfinished or damaged.
         SearchIndexError: the index is missing, stale, of another metric or another size.
     """
+
+    kind: ClassVar[str] = "knn"
 
     def __init__(
         self,
@@ -199,7 +204,7 @@ class KNNMemory:
             KNNLMError: the index is an object that this memory was given, not one of the store's.
         """
         return {
-            "kind": "knn",
+            "kind": self.kind,
             "k": self.k,
             "temperature": self.temperature,
             "metric": self.metric,

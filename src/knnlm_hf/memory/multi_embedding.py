@@ -40,7 +40,8 @@ class MultiEmbeddingHead(Head):
 
     kind = "multi_embedding"
     row_tokens: Tensor
-    target_rows: Tensor
+    first_rows: Tensor
+    row_counts: Tensor
     rows_per_token: Tensor | None
 
     def __init__(
@@ -61,7 +62,9 @@ class MultiEmbeddingHead(Head):
         tokens_V = torch.arange(vocab_size, device=counts_V.device)
         self.register_buffer("rows_per_token", None if rows_per_token is None else counts_V)
         self.register_buffer("row_tokens", tokens_V.repeat_interleave(counts_V), persistent=False)
-        self.register_buffer("target_rows", _rows_of_tokens(counts_V), persistent=False)
+        self.register_buffer("first_rows", counts_V.cumsum(0) - counts_V, persistent=False)
+        self.register_buffer("row_counts", counts_V, persistent=False)
+        self._most_rows = int(counts_V.max())
         rows = len(self.row_tokens)
         self.weight = nn.Parameter(torch.randn(rows, hidden_size) * hidden_size**-0.5)
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
@@ -93,7 +96,7 @@ class MultiEmbeddingHead(Head):
             KNNLMError: a token without rows has no likelihood to train.
         """
         tokens_QT = self._targets(tokens, weights, hidden)
-        rows_QTM = self.target_rows[tokens_QT]
+        rows_QTM = self._rows_of(tokens_QT)
         if bool((rows_QTM[..., 0] < 0).any()):
             token = int(tokens_QT[rows_QTM[..., 0] < 0][0])
             raise KNNLMError(f"token {token} has no row in this head: give it one, or leave it out")
@@ -106,10 +109,16 @@ class MultiEmbeddingHead(Head):
         return len(self.row_tokens)
 
     def _token_log_probs(self, hidden_QD: Tensor, tokens_Q: Tensor) -> Tensor:
-        rows_QM = self.target_rows[tokens_Q]
+        rows_QM = self._rows_of(tokens_Q)
         logits_QR = self._logits(hidden_QD)
         own_QM = logits_QR.gather(1, rows_QM.clamp(min=0)).masked_fill(rows_QM < 0, -torch.inf)
         return own_QM.logsumexp(1) - logits_QR.logsumexp(1)
+
+    def _rows_of(self, tokens: Tensor) -> Tensor:
+        """(...) → (..., M): the rows of each token, −1 past its last."""
+        offset_M = torch.arange(self._most_rows, device=tokens.device)
+        rows = self.first_rows[tokens][..., None] + offset_M
+        return torch.where(offset_M < self.row_counts[tokens][..., None], rows, -1)
 
     def _logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, R), float32 (float64 for float64 weights)."""
@@ -130,6 +139,17 @@ class MultiEmbeddingHead(Head):
         relative_QR = (logits_QR - peak_QV.gather(1, tokens_QR)).exp()
         total_QV = logits_QR.new_zeros(shape).index_add(1, self.row_tokens, relative_QR)
         return torch.where(total_QV > 0, peak_QV + total_QV.log(), -torch.inf) - all_Q1
+
+    @classmethod
+    def _blank(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        counts_V, weight_RD = tensors.get("rows_per_token"), tensors["weight"]
+        if counts_V is None:
+            rows = check_count("n", settings["n"]) * check_count("V", settings["vocab_size"])
+        else:
+            rows = int(counts_V.sum())
+        if rows != len(weight_RD):  # before any table of that length is made
+            raise SettingError(f"its settings give {rows} rows, its weight has {len(weight_RD)}")
+        return super()._blank({**settings, "rows_per_token": counts_V}, tensors)
 
     def _counts(self, rows_per_token: Any) -> Tensor:
         if rows_per_token is None:
@@ -168,11 +188,3 @@ def rows_by_loss(total_loss: Any, rows: int) -> Tensor:
     order_V = (share_V - counts_V).argsort(descending=True, stable=True)
     counts_V[order_V[:left]] += 1
     return counts_V.long() + 1
-
-
-def _rows_of_tokens(counts_V: Tensor) -> Tensor:
-    """(V, M): the rows of each token, −1 past its last."""
-    last_V = counts_V.cumsum(0)
-    offset_M = torch.arange(int(counts_V.max()), device=counts_V.device)
-    rows_VM = (last_V - counts_V)[:, None] + offset_M
-    return torch.where(offset_M < counts_V[:, None], rows_VM, -1)

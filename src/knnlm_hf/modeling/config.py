@@ -17,16 +17,17 @@ __all__ = ["KNNLMConfig", "KNNLMForCausalLM"]
 
 
 class KNNLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """A reference to a base model and to a memory, and λ.
+    """A reference to a base model and to memories, and their λ.
 
     Args:
         base_model_name_or_path: Hub id or path of the base; None: it lies in the folder's `base/`.
         base_revision: commit of the base on the Hub, if it is known.
-        lmbda: λ.
-        layer: where the memory's states are captured.
-        memory_settings: the memory's own `settings()`.
-        store: Hub dataset id or path of the datastore; None: it lies in the folder's `memory/`.
-        store_revision: its commit on the Hub, if it is known.
+        lmbda: λ; of several memories the list.
+        layer: where the memory's states are captured; of several memories the list.
+        memories: of each memory its `settings`, and either `folder`, where it lies in this folder,
+            or `source`, its Hub id or path, and `revision`.
+        kwargs: of `PreTrainedConfig`. The fields `memory_settings`, `store` and `store_revision` of
+            version 0.1 are understood, and say the same of the only memory.
     """
 
     model_type = "knnlm"
@@ -35,13 +36,16 @@ class KNNLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self,
         base_model_name_or_path: str | None = None,
         base_revision: str | None = None,
-        lmbda: float = 0.25,
-        layer: str = "att",
-        memory_settings: dict[str, Any] | None = None,
-        store: str | None = None,
-        store_revision: str | None = None,
+        lmbda: float | list[float] = 0.25,
+        layer: str | list[str] = "att",
+        memories: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
+        settings, store = kwargs.pop("memory_settings", None), kwargs.pop("store", None)
+        revision = kwargs.pop("store_revision", None)
+        if not memories and settings:
+            where = {"source": store, "revision": revision} if store else {"folder": "memory"}
+            memories = [{"settings": settings, **where}]
         kwargs.setdefault("architectures", ["KNNLMForCausalLM"])
         kwargs.setdefault(
             "auto_map",
@@ -55,9 +59,7 @@ class KNNLMConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.base_revision = base_revision
         self.lmbda = lmbda
         self.layer = layer
-        self.memory_settings = memory_settings or {}
-        self.store = store
-        self.store_revision = store_revision
+        self.memories = memories or []
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:

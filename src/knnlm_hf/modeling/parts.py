@@ -1,28 +1,26 @@
 """A kNN model ↔ a folder: its parts by reference, or their files inside.
 
-config.json             KNNLMConfig: base, revision, λ, layer, memory, store
+config.json             KNNLMConfig: base, revision, λ, layer, memories
 modeling_knnlm.py       lets transformers load the folder with trust_remote_code
 generation_config.json, README.md, the tokenizer's files
 base/                   the base model, if it is saved with it
-memory/                 the datastore, if it is saved with it
+memory/                 what is saved with it of its memories, see `memory_parts`
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from knnlm_hf.datastore import DatastoreReader
-from knnlm_hf.errors import PersistenceError, first_line
-from knnlm_hf.memory import KNNMemory
+from knnlm_hf.errors import ModelMismatchError, PersistenceError, first_line
 from knnlm_hf.modeling.config import CODE, CODE_FILE, KNNLMConfig
 from knnlm_hf.modeling.fit import was_changed
-from knnlm_hf.persistence import hub_origin, is_hub_id, knn_model_card, local_folder
+from knnlm_hf.modeling.memory_parts import load_memories, save_memories
+from knnlm_hf.persistence import is_hub_id, knn_model_card, local_folder
 
-BASE, MEMORY = "base", "memory"
+BASE = "base"
 
 
 def save(
@@ -32,6 +30,7 @@ def save(
     *,
     save_base: bool | None,
     save_memory: bool,
+    portable: bool,
     tokenizer: Any,
     store_id: str | None,
     base_options: dict[str, Any],
@@ -39,10 +38,9 @@ def save(
     """Write all files of `knn` into `folder`, which will be moved to `target`.
 
     Raises:
-        PersistenceError: a memory that has no settings, adapters that a reference would lose.
+        PersistenceError: a memory that cannot be saved, adapters that a reference would lose.
     """
-    base, memory = knn.unwrap(), knn.memory
-    settings, store = _settings(memory), memory.store
+    base = knn.unwrap()
     base_id, revision = base_reference(base)
     inside = base_id is not None and Path(base_id) == (target / BASE).resolve()
     if save_base is None:
@@ -52,33 +50,28 @@ def save(
             "the model carries adapters, which its folder would not hold: merge them into it first "
             "(merge_and_unload), or save them apart"
         )
+    memories = save_memories(
+        knn.memories, target, folder, inside=save_memory, portable=portable, store_id=store_id
+    )
     if save_base:
         base.save_pretrained(folder / BASE, **base_options)
-    store_is_here = store.path.resolve() == (target / MEMORY).resolve()
-    if save_memory and not store_is_here:
-        ignored = shutil.ignore_patterns(".lock", "*.tmp")
-        shutil.copytree(store.path, folder / MEMORY, ignore=ignored)
-    store_ref, store_revision = (store_id, None) if store_id else hub_origin(store.path)
-    if store_ref is None:
-        store_ref = str(store.path.resolve())
     config = KNNLMConfig(
         base_model_name_or_path=None if save_base or inside else base_id,
         base_revision=None if save_base or inside else revision,
-        lmbda=knn.lmbda,
-        layer=knn.capture_point.layer,
-        memory_settings=settings,
-        store=None if save_memory or store_is_here else store_ref,
-        store_revision=store_revision,
+        lmbda=list(knn.lmbdas) if len(memories) > 1 else knn.lmbda,
+        layer=[point.layer for point in knn.capture_points]
+        if len(memories) > 1
+        else knn.capture_point.layer,
+        memories=memories,
     )
     config.to_json_file(folder / "config.json")
     knn.generation_config.save_pretrained(folder)
     (folder / CODE_FILE).write_text(CODE, encoding="utf-8")
     origin = base_id if is_hub_id(base_id or "") else config.base_model_name_or_path
-    card = knn_model_card(
-        origin, type(base).__name__, knn.lmbda, settings, config.store, len(store), config.layer
-    )
+    summaries = [getattr(memory, "summary", type(memory).__name__) for memory in knn.memories]
+    card = knn_model_card(origin, type(base).__name__, knn.lmbdas, memories, summaries)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    tokenizer = tokenizer or store.tokenizer
+    tokenizer = tokenizer or _tokenizer_of(knn, base_id)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -109,7 +102,7 @@ def load(
     if not isinstance(base_model, PreTrainedModel) and not hasattr(base_model, "get_base_model"):
         base_model = _load_base(folder, config, base_model, {**shared, **base_options})
     if memory is None:
-        memory = _load_memory(folder, config, shared)
+        memory = load_memories(folder, config.memories, shared)
     generation = None
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
@@ -149,31 +142,21 @@ def _load_base(folder: Path, config: KNNLMConfig, given: Any, options: dict[str,
         ) from error
 
 
-def _load_memory(folder: Path, config: KNNLMConfig, hub: dict[str, Any]) -> KNNMemory:
-    settings = dict(config.memory_settings)
-    kind = settings.pop("kind", None)
-    if kind != "knn":
-        raise PersistenceError(
-            f"{folder}: its memory is of kind {kind!r}, expected 'knn': a newer knnlm_hf wrote it, "
-            "or pass memory=…"
-        )
-    source, revision = config.store or str(folder / MEMORY), config.store_revision
+def _tokenizer_of(knn: Any, base_id: str | None) -> Any:
+    """The tokenizer kept with a datastore, or else the one beside the base, if it is the same."""
+    for memory in knn.memories:
+        found = getattr(getattr(memory, "store", None), "tokenizer", None)
+        if found is not None:
+            return found
+    if base_id is None:
+        return None
     try:
-        store = DatastoreReader.open(source, revision=revision, **hub)
-    except PersistenceError as error:
-        raise PersistenceError(
-            f"{folder}: its datastore is missing ({error}): pass memory=…"
-        ) from (error)
-    return KNNMemory(store, **settings)
-
-
-def _settings(memory: Any) -> dict[str, Any]:
-    if not hasattr(memory, "settings") or not hasattr(memory, "store"):
-        raise PersistenceError(
-            f"this memory ({type(memory).__name__}) cannot be saved: expected a KNNMemory"
-        )
-    settings: dict[str, Any] = memory.settings()
-    return settings
+        found = AutoTokenizer.from_pretrained(base_id, local_files_only=True)
+        for memory in knn.memories:
+            getattr(memory, "check_tokenizer", lambda tokenizer: None)(found)
+    except (OSError, ValueError, ModelMismatchError):
+        return None
+    return found
 
 
 def base_reference(base: PreTrainedModel) -> tuple[str | None, str | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm_hf.modeling import parts
-from knnlm_hf.persistence import filled_at_once, hub_origin, push_folder
+from knnlm_hf.persistence import filled_at_once, push_folder
 
 
 class Saving:
@@ -27,16 +27,17 @@ class Saving:
     ) -> None:
         """Save as a folder that `from_pretrained` and transformers' Auto classes load.
 
-        Base and datastore are kept as references (Hub id and commit, or absolute path). Nothing
-        half-written is left on an error.
+        Base and datastores are kept as references (Hub id and commit, or absolute path), as is a
+        head that came from the Hub; any other memory is put into the folder. Nothing half-written
+        is left on an error.
 
         Args:
             save_directory: folder; its files of the same names are replaced.
             save_base: put the base's weights into the folder too; default: if it has no id or path,
                 or was trained since it was loaded.
-            save_memory: put a copy of the datastore into the folder too.
+            save_memory: put copies of what could be referred to, the datastores, there too.
             store_id: Hub dataset id to refer to the datastore by.
-            tokenizer: saved along; default: the one kept with the datastore.
+            tokenizer: saved along; default: the one kept with a datastore, or beside the base.
             push_to_hub: also upload the folder, to `repo_id` or the folder's name.
             repo_id: see `push_to_hub`.
             base_options: of the base's `save_pretrained`, where it is saved. A `state_dict` (from
@@ -54,7 +55,7 @@ class Saving:
         with filled_at_once(target) as folder:
             parts.save(
                 self, target, folder, save_base=save_base, save_memory=save_memory,
-                tokenizer=tokenizer, store_id=store_id, base_options=base_options,
+                portable=False, tokenizer=tokenizer, store_id=store_id, base_options=base_options,
             )  # fmt: skip
         if push_to_hub:
             push_folder(target, repo_id or target.name, "model", token=base_options.get("token"))
@@ -75,20 +76,19 @@ class Saving:
             repo_id: model repository, made if need be.
             store_id, tokenizer: as in `save_pretrained`.
             save_base: default: unless the base has a Hub id.
-            save_memory: default: unless the datastore is on the Hub itself.
+            save_memory: put the memories in; default: those that are not on the Hub themselves.
             options: private, token, commit_message, revision, create_pr.
         """
         model: Any = self
-        if save_memory is None:
-            store = getattr(model.memory, "store", None)
-            save_memory = store_id is None and hub_origin(getattr(store, "path", Path()))[0] is None
         # A path on this machine says nothing to others.
         if save_base is None and Path(parts.base_reference(model.unwrap())[0] or "/").is_absolute():
             save_base = True
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(
-                folder, save_base=save_base, save_memory=save_memory, store_id=store_id,
-                tokenizer=tokenizer,
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            parts.save(
+                model, folder, folder, save_base=save_base, save_memory=bool(save_memory),
+                portable=save_memory is None, tokenizer=tokenizer, store_id=store_id,
+                base_options={},
             )  # fmt: skip
             return push_folder(folder, repo_id, "model", **options)
 
@@ -99,7 +99,7 @@ class Saving:
         *_: Any,
         base_model: Any = None,
         memory: Any = None,
-        lmbda: float | None = None,
+        lmbda: float | list[float] | None = None,
         allow_mismatch: bool = False,
         config: Any = None,
         **options: Any,
@@ -109,7 +109,7 @@ class Saving:
         Args:
             source: folder or Hub model id.
             base_model: a model, path or id instead of the saved base.
-            memory: a memory, datastore, path or id instead of the saved one.
+            memory: a memory, datastore, path or id (or a list) instead of the saved one.
             lmbda: λ instead of the saved one.
             allow_mismatch: load a base that the memory was not made with, knowingly.
             config: a `KNNLMConfig` instead of the folder's.
