@@ -104,14 +104,35 @@ def knn_probs(queries: Array, keys: Array, values: Any, k: int, t: float, vocab:
     return probs
 
 
+def head_probs(queries: Array, weight: Any, n: int, vocab: int) -> Array:
+    """(Q, V) of a head with n rows per token: softmax over all rows, summed by token."""
+    logits = queries @ weight.detach().double().numpy().T
+    return np.exp(log_softmax(logits)).reshape(len(queries), vocab, n).sum(axis=2)
+
+
+def memory_probs(states: Tensor, memory: Any, vocab: int) -> Array:
+    """(..., V) of a memory, from its raw contents."""
+    queries = states.double().numpy().reshape(-1, states.shape[-1])
+    if hasattr(memory, "weight"):
+        probs = head_probs(queries, memory.weight, memory.n, vocab)
+    else:
+        keys, values = memory.keys.double().numpy(), memory.values.tolist()
+        probs = knn_probs(queries, keys, values, memory.k, memory.t, vocab)
+    return probs.reshape(*states.shape[:-1], vocab)
+
+
 def mixture(logits: Tensor, states: Tensor, memory: Any, lmbda: float) -> Array:
     """log P(w|c), (..., V), from a plain model's logits and states and a memory's raw contents."""
-    lm = log_softmax(logits.double().numpy())
-    queries = states.double().numpy().reshape(-1, states.shape[-1])
-    keys, values = memory.keys.double().numpy(), memory.values.tolist()
-    vocab = logits.shape[-1]
-    knn = knn_probs(queries, keys, values, memory.k, memory.t, vocab).reshape(lm.shape)
-    return np.log((1 - lmbda) * np.exp(lm) + lmbda * knn)
+    return mixture_of(logits, [(states, memory, lmbda)])
+
+
+def mixture_of(logits: Tensor, parts: list[tuple[Tensor, Any, float]]) -> Array:
+    """The same of several memories: (states, memory, λ) of each."""
+    lm = np.exp(log_softmax(logits.double().numpy()))
+    mixed = (1 - sum(lmbda for _, _, lmbda in parts)) * lm
+    for states, memory, lmbda in parts:
+        mixed = mixed + lmbda * memory_probs(states, memory, logits.shape[-1])
+    return np.log(mixed)
 
 
 def nll(log_probs: Array, labels: Tensor, ignored: int = -100) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import V, tiny
-from tiny_memory import memory_of
+from tiny_memory import KINDS, asked, memory_of_kind
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
@@ -26,15 +26,24 @@ IDS = torch.tensor([[3, 9, 27, 17, 51], [5, 25, 61, 49, 53]])
 FIXED: dict[str, Any] = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
 
 
-def make(model_type: str = "llama", lmbda: float = 0.8, seed: int = 0, **settings: Any) -> Any:
+def make(
+    model_type: str = "llama", kind: str = "knn", lmbda: float = 0.8, seed: int = 0, **settings: Any
+) -> Any:
     """A model and its wrapper; all 48 entries are neighbours, so nothing jumps at rank k."""
     model = tiny(model_type, seed=seed, **settings)
-    memory = memory_of(model, model_type, "att", k=48)
+    memory = memory_of_kind(kind, model, model_type, k=48)
     return model, KNNLMForCausalLM(model, memory, lmbda)
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def both(request: pytest.FixtureRequest) -> Any:
+    """A model and its wrapper with neighbours, with a head, and with both."""
+    return make(kind=request.param)
+
+
 @pytest.fixture(scope="module")
-def both() -> Any:
+def neighbours() -> Any:
+    """The same with neighbours alone."""
     return make()
 
 
@@ -84,12 +93,12 @@ def test_caches_give_the_same_tokens(both: Any, settings: dict[str, Any]) -> Non
     assert torch.equal(tokens, greedy(knn, IDS))
 
 
-def test_only_the_last_position_is_searched(both: Any) -> None:
+def test_only_the_last_position_is_searched(neighbours: Any) -> None:
     """One state per step and row, in the prefill too."""
-    _, knn = both
+    _, knn = neighbours
     knn.memory.asked.clear()
     knn.generate(IDS, attention_mask=mask(IDS), **FIXED)
-    assert knn.memory.asked == [(2, 1, 32)] * NEW
+    assert asked(knn) == [(2, 1, 32)] * NEW
 
 
 def test_scores_are_the_mixture(both: Any) -> None:
@@ -104,10 +113,11 @@ def test_scores_are_the_mixture(both: Any) -> None:
     torch.testing.assert_close(transition, chosen, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_left_padded_rows_equal_the_row_alone(model_type: str) -> None:
+def test_left_padded_rows_equal_the_row_alone(model_type: str, kind: str) -> None:
     """Peers' bug 3: padding is neither seen nor searched with."""
-    _, knn = make(model_type)
+    _, knn = make(model_type, kind)
     short, long = IDS[:1, 2:], IDS[1:]
     padded = torch.cat([torch.nn.functional.pad(short, (2, 0)), long])
     attention_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -161,13 +171,13 @@ def test_beams_in_a_batch(both: Any) -> None:
         assert torch.equal(tokens[row : row + 1], alone)
 
 
-def test_prompt_lookup(both: Any) -> None:
+def test_prompt_lookup(neighbours: Any) -> None:
     """Several positions are verified at once, each against the mixture."""
-    _, knn = both
+    _, knn = neighbours
     ids = torch.tensor([[3, 9, 27, 3, 9, 27, 3, 9]])
     knn.memory.asked.clear()
     tokens = knn.generate(ids, attention_mask=mask(ids), prompt_lookup_num_tokens=3, **FIXED)
-    assert any(shape[1] > 1 for shape in knn.memory.asked)
+    assert any(shape[1] > 1 for shape in asked(knn))
     assert torch.equal(tokens, greedy(knn, ids))
 
 
@@ -179,10 +189,9 @@ def test_assisted_decoding(both: Any, who: str) -> None:
     target = model if who == "assistant" else knn
     assistant = draft if who == "target" else draft_knn
     ids = IDS[:1]
-    draft_knn.memory.asked.clear()
     tokens = target.generate(ids, attention_mask=mask(ids), assistant_model=assistant, **FIXED)
     assert torch.equal(tokens, greedy(target, ids))
-    assert bool(draft_knn.memory.asked) == (who != "target")
+    assert bool(asked(draft_knn)) == (who != "target")
 
 
 def test_assistant_that_exits_early(both: Any) -> None:
@@ -266,9 +275,10 @@ def test_inputs_embeds(both: Any) -> None:
     assert torch.equal(tokens, greedy(knn, IDS)[:, 5:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    _, knn = make(dtype=dtype)
+def test_half_precision(dtype: torch.dtype, kind: str) -> None:
+    _, knn = make(kind=kind, dtype=dtype)
     knn.to(dtype)
     made = knn.generate(
         IDS, attention_mask=mask(IDS), return_dict_in_generate=True, output_logits=True, **FIXED
@@ -278,9 +288,10 @@ def test_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(torch.stack(made.logits, 1).exp(), whole.exp(), rtol=0, atol=0.03)
 
 
-def test_continuous_batching() -> None:
+@pytest.mark.parametrize("kind", ["knn", "both"])
+def test_continuous_batching(kind: str) -> None:
     """generate_batch: rows of different lengths in one packed forward, in a worker thread."""
-    model, knn = make()
+    model, knn = make(kind=kind)
     texts = [IDS[0].tolist(), IDS[1, :3].tolist(), [7, 8]]
     config = knn.generation_config
     config.max_new_tokens, config.do_sample, config.eos_token_id = NEW, False, -1
@@ -328,12 +339,12 @@ def test_threads_do_not_disturb_each_other(both: Any) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("off_first", [True, False])
+@pytest.mark.parametrize(("off_first", "kind"), [(True, "knn"), (False, "knn"), (False, "both")])
 @torch.no_grad()
-def test_compiled_equals_eager(off_first: bool) -> None:
+def test_compiled_equals_eager(off_first: bool, kind: str) -> None:
     """In both orders of use: what was compiled without retrieval is not used with it."""
     torch.compiler.reset()
-    model, knn = make("gpt2")
+    model, knn = make("gpt2", kind)
     eager, plain = knn(IDS, labels=IDS), model(IDS).logits
     compiled = torch.compile(knn, backend="eager")
     if off_first:
@@ -346,7 +357,7 @@ def test_compiled_equals_eager(off_first: bool) -> None:
     torch.testing.assert_close(compiled(IDS, labels=IDS).loss, eager.loss)
     made = compiled.generate(IDS, attention_mask=mask(IDS), **FIXED)
     assert torch.equal(made, greedy(knn, IDS))
-    assert not knn.memory.traced
+    assert not knn.memories[-1].traced
 
 
 @torch.no_grad()

@@ -1,14 +1,18 @@
-"""A memory with the five names that the library knows, and nothing else of it."""
+"""Memories of every kind, tiny: neighbours by brute force, a head, both at once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import reference
 import torch
 from torch import Tensor, nn
 
+from knnlm_hf.memory import MultiEmbeddingHead
+
 
 class TinyMemory:
-    """k nearest neighbours by brute force, in torch."""
+    """k nearest neighbours by brute force, in torch: the five names that the library knows."""
 
     def __init__(
         self, layer: str, keys: Tensor, values: Tensor, vocab_size: int, k: int, t: float
@@ -44,3 +48,30 @@ def memory_of(
     values_N = torch.randint(0, vocab_size, (len(keys_ND),), generator=generator)
     spread = torch.cdist(keys_ND.float(), keys_ND.float()).square().median().item()
     return TinyMemory(layer, keys_ND, values_N, vocab_size, k, max(spread, 1e-6) / 4)
+
+
+KINDS = ("knn", "head", "both")
+
+
+def head_of(model: nn.Module, layer: str = "att", *, n: int = 2, seed: int = 5) -> Any:
+    """A head of random rows, sure enough of itself to change what the model says."""
+    config = model.config.get_text_config()
+    torch.manual_seed(seed)
+    head = MultiEmbeddingHead(config.hidden_size, config.vocab_size, n=n, layer=layer).eval()
+    with torch.no_grad():
+        head.weight.mul_(3)
+    return head
+
+
+def memory_of_kind(kind: str, model: nn.Module, model_type: str, *, k: int = 8) -> Any:
+    """One of `KINDS`: neighbours, a head, or a list of a head and neighbours on other layers."""
+    if kind == "knn":
+        return memory_of(model, model_type, "att", k=k)
+    if kind == "head":
+        return head_of(model)
+    return [head_of(model, "ffn"), memory_of(model, model_type, "att", k=k)]
+
+
+def asked(knn: Any) -> list[tuple[int, ...]]:
+    """Shapes of the states for which the neighbours were searched."""
+    return [shape for memory in knn.memories for shape in getattr(memory, "asked", [])]
