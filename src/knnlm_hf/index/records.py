@@ -98,7 +98,13 @@ def built_indexes(folder: str | Path) -> list[tuple[Path, IndexInfo]]:
     Raises:
         SearchIndexError: an `index.json` that is damaged.
     """
-    found = [(path.parent, _read(path.parent)) for path in Path(folder).glob(f"*/{RECORD}")]
+    found = []
+    for path in Path(folder).glob(f"*/{RECORD}"):
+        try:
+            found.append((path.parent, _read(path.parent)))
+        except SearchIndexError:
+            if path.exists():  # else a writer has just removed it
+                raise
     return sorted(found, key=lambda home_info: (home_info[1].built_at, str(home_info[0])))
 
 

@@ -75,7 +75,14 @@ class KNNMemory(KNNFiles):
         self.store = store if isinstance(store, DatastoreReader) else DatastoreReader.open(store)
         self.rescore = rescore
         self.index_name = index if isinstance(index, str) else _CUSTOM
-        self.index = self._find_index(index)
+        try:
+            self.index = self._find_index(index)
+        except SearchIndexError:
+            grown = store if isinstance(store, DatastoreReader) else DatastoreReader.open(store)
+            if grown.manifest.shards == self.store.manifest.shards:
+                raise
+            self.store = grown  # in between
+            self.index = self._find_index(index)
         if self.rescore or self.index.scores_are_exact:
             self._prefetch_keys()
         self._temperature = temperature
@@ -143,11 +150,8 @@ class KNNMemory(KNNFiles):
                 f"the datastore has {self.hidden_size}-d keys of layer {self.layer!r}"
             )
         wanted = k if exclude is None else k + 1
-        removed = self.store.removed
-        if removed is None:
-            similarity_QK, ids_QK = self.index.search(queries, wanted)
-        else:
-            similarity_QK, ids_QK = self.index.search(queries, wanted, removed)
+        removed = () if self.store.removed is None else (self.store.removed,)
+        similarity_QK, ids_QK = self.index.search(queries, wanted, *removed)
         if self.rescore and not self.index.scores_are_exact:
             similarity_QK = rescore(queries, ids_QK, self.store.keys, self.metric)
         if exclude is not None:
