@@ -16,6 +16,7 @@ from knnlm_hf.errors import PersistenceError, SettingError
 from knnlm_hf.memory.kinds import class_of
 
 MEMORY = "memory"
+_NOT_SETTINGS = {"revision", "token", "cache_dir", "local_files_only", "device"}  # the caller's own
 
 
 def save_memories(
@@ -80,6 +81,8 @@ def _load(folder: Path, entry: Any, hub: dict[str, Any]) -> Any:
         raise PersistenceError(f"{folder}: config.json has memory {found}, expected its settings")
     settings = dict(entry["settings"])
     kind = settings.pop("kind", None)
+    if settings.keys() & _NOT_SETTINGS:
+        raise PersistenceError(f"{folder}: config.json has {sorted(settings)} as settings")
     try:
         source, revision = _source(folder, entry), entry.get("revision")
         return class_of(kind).from_pretrained(source, revision=revision, **hub, **settings)
