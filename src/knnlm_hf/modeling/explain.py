@@ -15,10 +15,13 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from knnlm_hf.capture import Collector, listening
-from knnlm_hf.errors import DatastoreError, KNNLMError, SettingError
+from knnlm_hf.errors import DatastoreError, KNNLMError
 from knnlm_hf.interpolation import knn_weights, mix_distributions
 from knnlm_hf.modeling.mixture import memory_log_probs
-from knnlm_hf.types import one_or_all
+from knnlm_hf.types import check_count, one_or_all
+from knnlm_hf.windows import check_window, windows
+
+_POSITIONS = 256  # whose distributions over the vocabulary are held at a time
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Neighbour:
     """The corpus item it comes from."""
     memory: int = 0
     """Which memory it is of: its number in `knn.memories`."""
+    rank: int = 1
+    """Its place among the k hits of its memory; 1 is the nearest."""
 
 
 @dataclass(frozen=True)
@@ -62,66 +67,66 @@ class Explanation:
     memory_log_prob: float | tuple[float, ...]
     """log P(predicted) of the memory alone, of several the tuple; −inf where no neighbour carries
     it."""
+    token_log_prob: float | None = None
+    """log P(token) of the mixture; None at the end of the text, as the next two."""
+    token_lm_log_prob: float | None = None
+    """log P(token) of the model alone."""
+    token_memory_log_prob: float | tuple[float, ...] | None = None
+    """log P(token) of the memory alone, of several the tuple."""
     neighbours: list[Neighbour] = field(default_factory=list)
     """The nearest entries of each memory that has any, nearest first."""
+    carriers: list[Neighbour] = field(default_factory=list)
+    """The nearest of all k that carry `token` (at the end of the text: `predicted`), likewise."""
 
 
 @torch.no_grad()
-def explain(knn: Any, input_ids: Any, top: int = 5, tokenizer: Any = None) -> list[Explanation]:
+def explain(
+    knn: Any,
+    input_ids: Any,
+    top: int = 5,
+    tokenizer: Any = None,
+    window: int | None = None,
+    stride: int | None = None,
+) -> list[Explanation]:
     """Explain the prediction after each token of one text; see `KNNLMForCausalLM.explain`."""
     searching = [memory for memory in knn.memories if _has_neighbours(memory)]
     if not searching:
         kinds = ", ".join(type(memory).__name__ for memory in knn.memories)
         raise KNNLMError(f"this memory ({kinds}) has no neighbours to show: expected a KNNMemory")
-    if isinstance(top, bool) or not isinstance(top, int) or top < 1:
-        raise SettingError(f"top is {top!r}, expected a number of neighbours, 1 or more")
-    ids_T = torch.as_tensor(input_ids, device=knn.device)
+    check_count("top", top)
+    ids_T = torch.as_tensor(input_ids)
     if ids_T.dim() == 2 and ids_T.shape[0] == 1:
         ids_T = ids_T[0]
     if ids_T.dim() != 1 or not ids_T.numel():
         raise KNNLMError(
             f"input_ids has shape {tuple(ids_T.shape)}, expected one text: (T,) or (1, T), T >= 1"
         )
-    return _explain(knn, ids_T, top, tokenizer or getattr(searching[0].store, "tokenizer", None))
+    size, step = check_window(window, stride, knn.config.get_text_config(decoder=True))
+    tokenizer = tokenizer or getattr(searching[0].store, "tokenizer", None)
+    explanations: list[Explanation] = []
+    for lm_TV, states in _passes(knn, ids_T, size, step):
+        explanations += _explain(knn, lm_TV, states, ids_T, len(explanations), top, tokenizer)
+    return explanations
 
 
 def _has_neighbours(memory: Any) -> bool:
     return hasattr(memory, "search") and hasattr(memory, "store")
 
 
-def _explain(knn: Any, ids_T: Tensor, top: int, tokenizer: Any) -> list[Explanation]:
-    lm_TV, states = _forward(knn, ids_T)
-    memories_TV = [
-        memory_log_probs(states_TD, memory, lm_TV)
-        for memory, states_TD in zip(knn.memories, states, strict=True)
-    ]
-    mixed_TV = mix_distributions(lm_TV, memories_TV, knn.lmbdas)
-    found: list[list[Neighbour]] = [[] for _ in ids_T]
-    for number, (memory, states_TD) in enumerate(zip(knn.memories, states, strict=True)):
-        if _has_neighbours(memory):
-            for t, near in enumerate(_neighbours(memory, number, states_TD, top, tokenizer)):
-                found[t] += near
-    explanations = []
-    for t, best in enumerate(mixed_TV.argmax(dim=-1).tolist()):
-        following = int(ids_T[t + 1]) if t + 1 < len(ids_T) else None
-        explanations.append(
-            Explanation(
-                position=t,
-                token=following,
-                token_text=_text(tokenizer, following),
-                predicted=best,
-                predicted_text=_text(tokenizer, best),
-                log_prob=float(mixed_TV[t, best]),
-                lm_log_prob=float(lm_TV[t, best]),
-                memory_log_prob=one_or_all([float(each_TV[t, best]) for each_TV in memories_TV]),
-                neighbours=found[t],
-            )
-        )
-    return explanations
+def _passes(
+    knn: Any, ids_T: Tensor, window: int, stride: int
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Log-probabilities (t, V) and states (t, D) of all positions in order, some at a time."""
+    # What follows the last token is predicted too: a stand-in makes it a target.
+    for piece in windows([*ids_T.tolist(), 0], 0, window, stride):
+        logits_TV, states = _forward(knn, torch.from_numpy(piece.tokens).long().to(knn.device))
+        news = [torch.split(each[-piece.new :], _POSITIONS) for each in (logits_TV, *states)]
+        for logits_tV, *states in zip(*news, strict=True):
+            yield log_softmax(logits_tV.float(), dim=-1), states
 
 
 def _forward(knn: Any, ids_T: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The model's log-probabilities, (T, V), and the states of each memory, (T, D)."""
+    """The model's logits, (T, V), and the states of each memory, (T, D)."""
     heard = [Collector(point) for point in knn.capture_points]
     with knn.disable_retrieval(), listening(heard):
         logits = knn(input_ids=ids_T[None], use_cache=False, return_dict=True).logits
@@ -131,39 +136,99 @@ def _forward(knn: Any, ids_T: Tensor) -> tuple[Tensor, list[Tensor]]:
         if states_BTD is None:
             raise KNNLMError(f"the forward never reached layer {one.point.layer!r}")
         states.append(states_BTD[0])
-    return log_softmax(logits[0].float(), dim=-1), states
+    return logits[0], states
+
+
+def _explain(
+    knn: Any,
+    lm_TV: Tensor,
+    states: list[Tensor],
+    ids_T: Tensor,
+    first: int,
+    top: int,
+    tokenizer: Any,
+) -> list[Explanation]:
+    """Explain the positions from `first` on, as many as `lm_TV` has."""
+    memories_TV = [
+        memory_log_probs(states_TD, memory, lm_TV)
+        for memory, states_TD in zip(knn.memories, states, strict=True)
+    ]
+    mixed_TV = mix_distributions(lm_TV, memories_TV, knn.lmbdas)
+
+    def said(t: int, token: int) -> tuple[float, float, Any]:
+        each = [float(memory_TV[t, token]) for memory_TV in memories_TV]
+        return float(mixed_TV[t, token]), float(lm_TV[t, token]), one_or_all(each)
+
+    predicted = mixed_TV.argmax(dim=-1).tolist()
+    following = ids_T[first + 1 : first + 1 + len(predicted)].tolist()
+    wanted = following + predicted[len(following) :]  # the text's last token is followed by none
+    hits = _hits(knn, states, wanted, top, tokenizer)
+    explanations = []
+    for t, best in enumerate(predicted):
+        token = following[t] if t < len(following) else None
+        log_prob, lm, memory = said(t, best)
+        own: tuple[Any, Any, Any] = (None, None, None) if token is None else said(t, token)
+        explanations.append(
+            Explanation(
+                position=first + t,
+                token=token,
+                token_text=_text(tokenizer, token),
+                predicted=best,
+                predicted_text=_text(tokenizer, best),
+                log_prob=log_prob,
+                lm_log_prob=lm,
+                memory_log_prob=memory,
+                token_log_prob=own[0],
+                token_lm_log_prob=own[1],
+                token_memory_log_prob=own[2],
+                neighbours=hits[t][0],
+                carriers=hits[t][1],
+            )
+        )
+    return explanations
+
+
+def _hits(
+    knn: Any, states: list[Tensor], wanted: list[int], top: int, tokenizer: Any
+) -> list[tuple[list[Neighbour], list[Neighbour]]]:
+    """At each position the nearest entries of every memory, and the nearest carrying `wanted`."""
+    hits: list[tuple[list[Neighbour], list[Neighbour]]] = [([], []) for _ in wanted]
+    for number, (memory, states_TD) in enumerate(zip(knn.memories, states, strict=True)):
+        if not _has_neighbours(memory):
+            continue
+        near = memory.search(states_TD)
+        weights_TK = knn_weights(near.similarity, memory.temperature).exp()
+        columns = [column.cpu() for column in (weights_TK, *near)]
+        for t, (nearest, carriers) in enumerate(hits):
+            row = [column[t] for column in columns]
+            found = (row[2] >= 0).nonzero()[:top, 0]
+            carrying = (row[3] == wanted[t]).nonzero()[:top, 0]
+            nearest += _neighbours(memory.store, number, row, found, tokenizer)
+            carriers += _neighbours(memory.store, number, row, carrying, tokenizer)
+    return hits
 
 
 def _neighbours(
-    memory: Any, number: int, states_TD: Tensor, top: int, tokenizer: Any
-) -> Iterator[list[Neighbour]]:
-    """The nearest entries of each position."""
-    near = memory.search(states_TD)
-    weights_TK = knn_weights(near.similarity, memory.temperature).exp()
-    columns = weights_TK, near.similarity, near.ids, near.tokens
-    for hits in zip(*(column[:, :top].tolist() for column in columns), strict=True):
-        yield [
-            _neighbour(memory.store, tokenizer, number, *hit)
-            for hit in zip(*hits, strict=True)
-            if hit[2] >= 0
-        ]
-
-
-def _neighbour(
-    store: Any,
-    tokenizer: Any,
-    memory: int,
-    weight: float,
-    similarity: float,
-    entry: int,
-    token: int,
-) -> Neighbour:
-    context = None
-    if tokenizer is not None:
-        with suppress(DatastoreError):  # a subsample has no text around its entries
-            context = str(tokenizer.decode(store.context(entry)))
-    text, document = _text(tokenizer, token), store.document(entry)
-    return Neighbour(weight, similarity, entry, token, text, context, document, memory)
+    store: Any, memory: int, row: list[Tensor], places_K: Tensor, tokenizer: Any
+) -> Iterator[Neighbour]:
+    """The hits at these places of a row of weights, similarities, ids and tokens."""
+    hits = zip(*(column[places_K].tolist() for column in row), places_K.tolist(), strict=True)
+    for weight, similarity, entry, token, place in hits:
+        context = None
+        if tokenizer is not None:
+            with suppress(DatastoreError):  # a subsample has no text around its entries
+                context = str(tokenizer.decode(store.context(entry)))
+        yield Neighbour(
+            weight,
+            similarity,
+            entry,
+            token,
+            _text(tokenizer, token),
+            context,
+            store.document(entry),
+            memory,
+            place + 1,
+        )
 
 
 def _text(tokenizer: Any, token: int | None) -> str | None:

@@ -202,18 +202,27 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
             model.__dict__[forward_slot(model)] = rebind(self._own.own_forward, self, model)
         return model
 
-    def explain(self, input_ids: Any, top: int = 5, tokenizer: Any = None) -> list[Explanation]:
+    def explain(
+        self,
+        input_ids: Any,
+        top: int = 5,
+        tokenizer: Any = None,
+        window: int | None = None,
+        stride: int | None = None,
+    ) -> list[Explanation]:
         """What the memory says at each position of one text, and from where.
 
         Args:
-            input_ids: (T,) or (1, T) token ids.
-            top: neighbours to show at each position, ≥ 1.
+            input_ids: (T,) or (1, T) token ids; of any length, for it is read in windows.
+            top: neighbours to show at each position, ≥ 1; as many that carry the text's own token.
             tokenizer: for the texts; default: the one kept in the datastore, if any.
+            window, stride: as of `score`, so that a token has the probability it has there.
 
         Raises:
             KNNLMError: more than one text, or a memory without neighbours to show.
+            SettingError: top, window or stride out of range.
         """
-        return explain(self, input_ids, top, tokenizer)
+        return explain(self, input_ids, top, tokenizer, window, stride)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; inside `disable_retrieval()` its worker thread is without it too."""
