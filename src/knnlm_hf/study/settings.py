@@ -29,6 +29,8 @@ class Settings:
     """Examples that the training of one head may see, epochs included; None: the recipe's own."""
     lm_tokens: int | None = None
     """Tokens that the training of one language model may see, epochs included."""
+    most_settings: int | None = None
+    """Settings of a sweep in which each has to be trained: the first so many; None: all."""
     batch_size: int = 8
     """Windows per forward pass."""
     resamples: int = 2000
@@ -38,7 +40,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_k(self.k)
-        for name in ("train_tokens", "eval_tokens", "head_tokens", "lm_tokens"):
+        for name in ("train_tokens", "eval_tokens", "head_tokens", "lm_tokens", "most_settings"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         for name in ("batch_size", "resamples"):
@@ -55,6 +57,6 @@ class Settings:
 
 QUICK: dict[str, Any] = {
     "train_tokens": 250_000, "eval_tokens": 6_000, "exact_comparisons": 3e9,
-    "head_tokens": 100_000, "lm_tokens": 100_000, "resamples": 1000,
+    "head_tokens": 50_000, "lm_tokens": 40_000, "most_settings": 2, "resamples": 1000,
 }  # fmt: skip
 """What `--quick` sets: ten minutes on two cores for a small model; few findings are certain."""
