@@ -1,5 +1,6 @@
 """Distilling a head: the loss against its definition, and training against a known optimum."""
 
+import copy
 import math
 
 import numpy as np
@@ -116,6 +117,33 @@ def test_it_is_deterministic_and_remembers_its_teacher(store, targets):
     assert made[0].trained.teacher["alpha"] == 0.4
     assert made[0].trained.teacher["tokens"] == 6
     assert made[0].trained.held_out_loss < 0.8 * math.log(tiny.VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (MultiEmbeddingHead, {"n": 1}), (MixtureOfSoftmaxes, {"components": 2}),
+        (MLPMemory, {"layers": 1}), (CentroidMemory, {"clusters": 9, "fine_tune": True}),
+    ],
+)  # fmt: skip
+def test_every_head_can_be_trained_on_a_teacher(store, targets, kind, settings):
+    ids, shifted = torch.arange(len(store)), copy.copy(targets)
+    tokens, probs = targets[ids]
+    tokens = (tokens + 1) % tiny.VOCAB  # unlike the next tokens, so that it shows who taught
+    known = torch.isin(tokens, store.values)
+    tokens = torch.where(known, tokens, store.values.long()[:, None])
+    shifted._tokens = type(targets._tokens)([tokens.to(torch.int16)])
+    head = kind.train_on(store, teacher=shifted, alpha=0.0, **settings, **FAST)
+    plain = kind.train_on(store, **settings, **FAST)
+    assert head.trained.teacher == {"alpha": 0.0, **targets.about()}
+    assert plain.trained.teacher is None
+    keys = store.keys[ids].float()
+    assert head(keys, tokens, probs) < plain(keys, tokens, probs) - 0.1
+
+
+def test_centroids_that_are_not_trained_take_no_teacher(store, targets):
+    with pytest.raises(SettingError, match="fine_tune=True"):
+        CentroidMemory.train_on(store, clusters=3, teacher=targets, progress=False)
 
 
 def test_a_killed_run_continues_to_the_same_weights(store, targets, tmp_path, monkeypatch):

@@ -233,7 +233,7 @@ def test_hostile_configs_are_one_line(name: str, value: Any, tmp_path: Path):
 @pytest.mark.parametrize(
     "value",
     [
-        {"epochs": 0}, {"entries": "many"}, {"held_out_loss": "low"}, {"store": 5}, {"more": 1},
+        {"epochs": -1}, {"entries": "many"}, {"held_out_loss": "low"}, {"store": 5}, {"more": 1},
         {"recipe": {"lr": "fast"}}, {"recipe": {"epochs": -1}}, {"recipe": {"momentum": 0.9}},
     ],
     ids=str,

@@ -13,7 +13,6 @@ Shape suffixes: Q query, J centroid, P pair, D dimension, V vocabulary, T target
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
-from knnlm_hf.memory.head import Head
+from knnlm_hf.memory.head import Head, exact
 from knnlm_hf.memory.soft_counts import (
     PRIORS,
     WEIGHTS,
@@ -56,6 +55,8 @@ class CentroidMemory(Head):
         iterations: rounds of k-means.
         per_cluster: of the entries, at most so many for each cluster are used to find the
             centroids; all have their share in the distributions.
+        fine_tune: `train_on` goes on to train centroids, m, distributions and temperature on the
+            store's next tokens (or with a teacher); otherwise the recipe's seed alone counts.
         pairs: how many (token, centroid) pairs it has; `train_on` finds out.
 
     Raises:
@@ -78,6 +79,7 @@ class CentroidMemory(Head):
         temperature: float | None = None,
         iterations: int = 10,
         per_cluster: int = 64,
+        fine_tune: bool = False,
         pairs: int = 0,
     ) -> None:
         super().__init__(hidden_size, vocab_size, layer)
@@ -87,61 +89,20 @@ class CentroidMemory(Head):
         for name, value, known in (("weights", weights, WEIGHTS), ("prior", prior, PRIORS)):
             if value not in known:
                 raise SettingError(f"{name} is {value!r}, expected one of {', '.join(known)}")
-        self.weights, self.prior = weights, prior
+        self.weights, self.prior, self.fine_tune = weights, prior, fine_tune
         self._finds_temperature = temperature is None
         self._may_have_moved = False
         log_t = torch.tensor(1.0 if temperature is None else check_temperature(temperature)).log()
-        self.log_temperature = nn.Parameter(log_t)
         self.centroids = nn.Parameter(torch.zeros(clusters, hidden_size))
         self.log_mass = nn.Parameter(torch.zeros(clusters))
         self.log_weights = nn.Parameter(torch.zeros(pairs))
+        self.log_temperature = nn.Parameter(log_t)
         self.register_buffer("pair_centroids", torch.zeros(pairs, dtype=torch.int32))
         self.register_buffer("token_starts", torch.zeros(vocab_size + 1, dtype=torch.int64))
 
-    @classmethod
-    def train_on(
-        cls,
-        store: DatastoreReader,
-        *,
-        fine_tune: bool = False,
-        recipe: Recipe | None = None,
-        checkpoint: str | Path | None = None,
-        device: str | torch.device | None = None,
-        progress: bool = True,
-        **settings: Any,
-    ) -> Self:
-        """Compress a datastore: k-means, distributions, temperature; then train if asked to.
-
-        Args:
-            store: the datastore; the memory reads its layer and remembers its model.
-            fine_tune: go on to `fine_tune` with the recipe.
-            recipe, checkpoint, device, progress: as for any head; only the recipe's seed counts
-                where nothing is trained.
-            settings: fields of the recipe to change, and arguments of the constructor, such as
-                `clusters=1024`.
-        """
-        head = super().train_on(store, recipe=recipe, device=device, progress=progress, **settings)
-        if fine_tune and head.trained is not None:
-            head.fine_tune(store, head.trained.recipe, checkpoint=checkpoint, progress=progress)
-        return head
-
-    def fine_tune(
-        self,
-        store: DatastoreReader,
-        recipe: Recipe,
-        *,
-        checkpoint: str | Path | None = None,
-        progress: bool = True,
-        **options: Any,
-    ) -> None:
-        """Train centroids, m, distributions and temperature on a datastore's next tokens."""
-        self.trained = train(
-            self, store, recipe, checkpoint=checkpoint, progress=progress, **options
-        )
-
     def settings(self) -> dict[str, Any]:
         """`kind` and the constructor's arguments but t, which is learned, as plain data."""
-        names = ("clusters", "weights", "prior", "iterations", "per_cluster")
+        names = ("clusters", "weights", "prior", "iterations", "per_cluster", "fine_tune")
         own = {name: getattr(self, name) for name in names}
         return super().settings() | own | {"pairs": len(self.log_weights)}
 
@@ -199,7 +160,7 @@ class CentroidMemory(Head):
         shares_QJ = self._logits(hidden_QD).softmax(1)
         probs_VQ = embedding_bag(
             self.pair_centroids, shares_QJ.T.contiguous(), self.token_starts.to(torch.int32),
-            mode="sum", per_sample_weights=_exact(self._normalised()).exp(),
+            mode="sum", per_sample_weights=exact(self._normalised()).exp(),
             include_last_offset=True,
         )  # fmt: skip
         is_nothing_QV = probs_VQ.T == 0
@@ -212,9 +173,9 @@ class CentroidMemory(Head):
     def _logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, J): −‖h − c‖² / t + m, less what is the same for all centroids."""
         with torch.autocast(hidden_QD.device.type, enabled=False):  # differences of large numbers
-            centroids_JD, hidden_QD = _exact(self.centroids), _exact(hidden_QD)
+            centroids_JD, hidden_QD = exact(self.centroids), exact(hidden_QD)
             relative_QJ = 2 * hidden_QD @ centroids_JD.T - centroids_JD.square().sum(1)
-            return relative_QJ / _exact(self.log_temperature).exp() + _exact(self.log_mass)
+            return relative_QJ / exact(self.log_temperature).exp() + exact(self.log_mass)
 
     def _own(self, logits_QJ: Tensor, tokens_QT: Tensor, log_weights_P: Tensor) -> Tensor:
         """(Q, T) log p of the targets; −inf for one that no centroid has."""
@@ -225,7 +186,7 @@ class CentroidMemory(Head):
         before_U = (last_U - first_U).cumsum(0) - (last_U - first_U)
         pair_p = torch.arange(len(row_p), device=row_p.device) - (before_U - first_U)[row_p]
         log_p_UJ = logits_QJ.new_full((len(tokens_U), self.clusters), -torch.inf)
-        own_p = _exact(log_weights_P)[pair_p].to(logits_QJ.dtype)
+        own_p = exact(log_weights_P)[pair_p].to(logits_QJ.dtype)
         log_p_UJ = log_p_UJ.index_put((row_p, self.pair_centroids[pair_p].long()), own_p)
         joint_QTJ = logits_QJ[:, None] + log_p_UJ[at_QT]
         return joint_QTJ.logsumexp(2) - logits_QJ.logsumexp(1, keepdim=True)
@@ -243,30 +204,26 @@ class CentroidMemory(Head):
         of_pair_P = self.pair_centroids.long()
         return self.log_weights - log_sums(self.log_weights, of_pair_P, self.clusters)[of_pair_P]
 
-    def _fit(
-        self,
-        store: DatastoreReader,
-        recipe: Recipe,
-        *,
-        checkpoint: Any,
-        progress: bool,
-        **options: Any,
-    ) -> Trained:
+    def _fit(self, store: DatastoreReader, recipe: Recipe, **options: Any) -> Trained:
+        if options.get("teacher") is not None and not self.fine_tune:
+            raise SettingError("a teacher has nothing to teach centroids without fine_tune=True")
         entries = Entries(store, recipe.seed)
         given = None if self._finds_temperature else self.temperature
         found = compress(
             entries, self.clusters, weights=self.weights, temperature=given,
             iterations=self.iterations, per_cluster=self.per_cluster, seed=recipe.seed,
-            device=self.device, progress=progress,
+            device=self.device, progress=options["progress"],
         )  # fmt: skip
         self._take(found)
         self.eval()
         if given is None:
             self._find_temperature(entries, found.spread)
+        if self.fine_tune:
+            return train(self, store, recipe, **options)
         loss, count = 0.0, 0
         with torch.no_grad():
             for keys_QD, tokens_Q, _ in entries.held_out(recipe.batch_size):
-                loss += float(self(keys_QD, tokens_Q.to(self.device))) * len(tokens_Q)
+                loss += float(self(keys_QD, tokens_Q)) * len(tokens_Q)
                 count += len(tokens_Q)
         return Trained(recipe, 0, loss / count, len(entries), store.digest)
 
@@ -304,7 +261,3 @@ class CentroidMemory(Head):
         if not is_table(tensors["token_starts"], tensors["pair_centroids"], settings["clusters"]):
             raise SettingError("its table of tokens and centroids is damaged")
         return super()._blank(settings, tensors)
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

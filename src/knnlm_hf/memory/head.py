@@ -20,6 +20,7 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head_files import HeadFiles
 from knnlm_hf.memory.kinds import register
+from knnlm_hf.memory.start import start_from
 from knnlm_hf.memory.training import Recipe, Trained, recipe_with, train
 from knnlm_hf.types import check_count
 
@@ -81,6 +82,9 @@ class Head(HeadFiles, nn.Module):
         recipe: Recipe | None = None,
         checkpoint: str | Path | None = None,
         device: str | torch.device | None = None,
+        teacher: Any = None,
+        alpha: float = 0.5,
+        start: nn.Module | None = None,
         progress: bool = True,
         **settings: Any,
     ) -> Self:
@@ -95,6 +99,11 @@ class Head(HeadFiles, nn.Module):
             recipe: how to train, see `Recipe`.
             checkpoint: folder to write after every epoch; a killed run continues from it.
             device: where to train; default: CUDA where there is one.
+            teacher: a kNN memory on the store, or its answers kept before (`SoftTargets` or their
+                folder), to learn from as well; see `memory.distillation`.
+            alpha: with a teacher, the share of the next tokens' own loss, 0 … 1.
+            start: the store's model, whose output embeddings the rows then start at (see
+                `memory.start`); None: rows from N(0, 1/D), as in the paper.
             progress: show loss and perplexity on stderr.
             settings: fields of the recipe to change, such as `epochs=3, lr=1e-3`, and arguments
                 of the head, such as `n=3`.
@@ -111,7 +120,15 @@ class Head(HeadFiles, nn.Module):
         head = cls._made(sizes | settings)
         head.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         head.origin = store.manifest.model
-        head.trained = head._fit(store, recipe, checkpoint=checkpoint, progress=progress)
+        if start is not None:
+            start_from(head, start, store)
+        taught: dict[str, Any] = {}
+        if teacher is not None:
+            from knnlm_hf.memory.distillation import distilled_loss
+
+            loss, about = distilled_loss(head, store, teacher, alpha, progress)
+            taught = {"loss": loss, "teacher": about}
+        head.trained = head._fit(store, recipe, checkpoint=checkpoint, progress=progress, **taught)
         return head
 
     def settings(self) -> dict[str, Any]:
@@ -190,16 +207,9 @@ class Head(HeadFiles, nn.Module):
         """Numbers made per query, by which the chunks of queries are sized."""
         return self.vocab_size
 
-    def _fit(
-        self,
-        store: DatastoreReader,
-        recipe: Recipe,
-        *,
-        checkpoint: str | Path | None,
-        progress: bool,
-    ) -> Trained:
-        """Learn from the store, in place."""
-        return train(self, store, recipe, checkpoint=checkpoint, progress=progress)
+    def _fit(self, store: DatastoreReader, recipe: Recipe, **options: Any) -> Trained:
+        """Learn from the store, in place; `options` are those of `memory.training.train`."""
+        return train(self, store, recipe, **options)
 
     @classmethod
     def _made(cls, settings: dict[str, Any]) -> Self:
@@ -258,3 +268,8 @@ class Head(HeadFiles, nn.Module):
         """A parameter, or a floating-point buffer."""
         tensors = (*self.parameters(), *self.buffers())
         return next(tensor for tensor in tensors if tensor.is_floating_point())
+
+
+def exact(values: Tensor) -> Tensor:
+    """In float32, or in float64 where it is that already: what sums and results are in."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -72,6 +72,7 @@ def _training(trained: Trained | None) -> str:
         "epochs run": trained.epochs,
         **{name: value for name, value in vars(trained.recipe).items() if name != "epochs"},
         "datastore": f"`{trained.store[:16]}`",
+        **{f"teacher: {name}": value for name, value in (trained.teacher or {}).items()},
     }
     loss = trained.held_out_loss
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -233,8 +233,13 @@ def _trained(data: Any) -> Trained | None:
         return None
     trained = Trained(**{**data, "recipe": Recipe(**data["recipe"])})
     trained.recipe.check()
-    for name in ("epochs", "entries"):
-        check_count(name, getattr(trained, name))
-    if not isinstance(trained.held_out_loss, float) or not isinstance(trained.store, str):
+    check_count("entries", trained.entries)
+    is_sound = (
+        is_count(trained.epochs, least=0)
+        and isinstance(trained.held_out_loss, float)
+        and isinstance(trained.store, str)
+        and (trained.teacher is None or isinstance(trained.teacher, dict))
+    )
+    if not is_sound:
         raise PersistenceError("what it says of its training is not of the right types")
     return trained

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnlm_hf.memory.head import Head
+from knnlm_hf.memory.head import Head, exact
 from knnlm_hf.memory.head_loss import head_loss
 from knnlm_hf.types import check_count
 
@@ -102,10 +102,10 @@ class MixtureOfSoftmaxes(Head):
         """States (Q, K, D) and log π (Q, K), the latter in float32 (float64 for float64)."""
         states_QS = torch.tanh(self.latent(hidden_QD))
         states_QKD = states_QS.view(len(hidden_QD), self.components, self.hidden_size)
-        return states_QKD, _exact(self.prior(hidden_QD)).log_softmax(-1)
+        return states_QKD, exact(self.prior(hidden_QD)).log_softmax(-1)
 
     def _logits(self, states_QKD: Tensor) -> Tensor:
-        return _exact(states_QKD @ self.weight.T)
+        return exact(states_QKD @ self.weight.T)
 
     def _own_log_probs(self, states_QKD: Tensor, tokens_QT: Tensor) -> Tensor:
         """(Q, K, T) log p_k of the targets, a chunk of queries at a time."""
@@ -116,7 +116,3 @@ class MixtureOfSoftmaxes(Head):
         logits_QKV = self._logits(states_QKD)
         tokens_QKT = tokens_QT[:, None].expand(-1, self.components, -1)
         return logits_QKV.gather(2, tokens_QKT) - logits_QKV.logsumexp(2, keepdim=True)
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -11,13 +11,13 @@ Shape suffixes: Q query, D dimension, V vocabulary, T target.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from knnlm_hf.errors import SettingError
-from knnlm_hf.memory.head import Head
+from knnlm_hf.memory.head import Head, exact
 from knnlm_hf.memory.head_loss import head_loss
 from knnlm_hf.types import check_count
 
@@ -92,6 +92,13 @@ class MLPMemory(Head):
         states_QD = self._states(self._flat(hidden))
         return head_loss(states_QD, self.weight, None, tokens_QT[..., None], weights_QT)
 
+    @classmethod
+    def _blank(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        layers = sum(name.endswith(".down.bias") for name in tensors)
+        if settings["layers"] != layers:  # before any is made
+            raise SettingError(f"its settings give {settings['layers']} layers, it has {layers}")
+        return super()._blank(settings, tensors)
+
     def _log_probs(self, hidden_QD: Tensor) -> Tensor:
         return self._logits(hidden_QD).log_softmax(1)
 
@@ -105,8 +112,7 @@ class MLPMemory(Head):
 
     def _logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, V), float32 (float64 for float64 weights)."""
-        logits_QV = self._states(hidden_QD) @ self.weight.T
-        return logits_QV if logits_QV.dtype == torch.float64 else logits_QV.float()
+        return exact(self._states(hidden_QD) @ self.weight.T)
 
 
 class _Block(nn.Module):
