@@ -72,6 +72,12 @@ def test_a_tiny_weight_is_small_not_zero():
     assert got[0, 1].item() == pytest.approx(-300, abs=1e-3)
 
 
+def test_equal_neighbours_share_evenly_however_large_their_similarity():
+    # s / t = 3e7, where float32 numbers are 2 apart: log 360 = 5.9 has no digits there.
+    weights = interpolation.knn_weights(torch.full((1, 360), 16.0), 5e-7)
+    torch.testing.assert_close(weights.exp(), torch.full((1, 360), 1 / 360))
+
+
 def test_a_query_without_hits_is_the_model_alone():
     similarity, tokens = torch.full((1, 4), -INF), torch.full((1, 4), -1)
     knn = interpolation.knn_log_probs(similarity, tokens, 1.0, 3)

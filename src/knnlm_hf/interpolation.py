@@ -33,9 +33,13 @@ def knn_weights(similarity_QK: Tensor, temperature: float) -> Tensor:
     Returns:
         (..., K) float32, each row's exp summing to 1; all −inf for a row without a hit.
     """
-    scaled_QK = similarity_QK.float() / check_temperature(temperature)
-    log_norm_Q1 = torch.logsumexp(scaled_QK, dim=-1, keepdim=True)
-    return torch.where(log_norm_Q1 == -_INF, -_INF, scaled_QK - log_norm_Q1)
+    similarity_QK = similarity_QK.float()
+    peak_Q1 = similarity_QK.amax(dim=-1, keepdim=True)
+    # subtle: relative to the nearest before t divides. At s / t = 1e7 float32 has no digits left
+    # for the log of a sum, and weights would exceed 1.
+    scaled_QK = (similarity_QK - peak_Q1) / check_temperature(temperature)
+    log_norm_Q1 = scaled_QK.exp().sum(dim=-1, keepdim=True).log()
+    return torch.where(peak_Q1 == -_INF, -_INF, scaled_QK - log_norm_Q1)
 
 
 def knn_log_probs(
