@@ -45,7 +45,7 @@ def datastore_size(study: Study) -> Outcome:
     return Outcome(
         rows=rows,
         verdict=both(
-            gains[0].better and last.better, gains[-1].worse or gains[0].worse or last.worse
+            gains[0].better and last.better, gains[0].worse or last.worse or last.equal
         ),
         sentence=(
             f"{SIZES[0]:.0%} of the datastore takes the perplexity from {base:.2f} to "

@@ -74,7 +74,7 @@ def truncated(rank_N: Tensor, mass_NG: Tensor, lm_N: Tensor, ks: list[int], k: i
     log p(target) − log Σ of the k largest, and −inf where the target is not among them.
 
     Args:
-        rank_N: how many words are likelier than the target.
+        rank_N: how many words come before the target, likeliest first.
         mass_NG: (N, len(ks)) sum of the ks[g] largest probabilities.
         lm_N: log-probability of the target in the whole softmax.
         ks: the candidates.
@@ -85,9 +85,13 @@ def truncated(rank_N: Tensor, mass_NG: Tensor, lm_N: Tensor, ks: list[int], k: i
 
 
 def top_of(logits_NV: Tensor, targets_N: Tensor, ks: list[int]) -> tuple[Tensor, Tensor]:
-    """Rank of each target, (N,) int32, and mass of the k likeliest words for each k, (N, G)."""
+    """Rank of each target, (N,) int32, and mass of the k likeliest words for each k, (N, G).
+
+    Of equally likely words the one with the lower id comes first, so that no two share a rank.
+    """
     own_N1 = logits_NV.gather(1, targets_N[:, None])
-    rank_N = (logits_NV > own_N1).sum(1).int()
+    is_lower_NV = torch.arange(logits_NV.shape[1]) < targets_N[:, None]
+    rank_N = ((logits_NV > own_N1) | ((logits_NV == own_N1) & is_lower_NV)).sum(1).int()
     top_NK = logits_NV.softmax(1).topk(max(ks), dim=1).values
     return rank_N, top_NK.cumsum(1)[:, torch.tensor(ks) - 1]
 

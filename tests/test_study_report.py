@@ -1,0 +1,202 @@
+"""The report and the command: one page without scripts, its Markdown twin, and what they say."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from knnlm_hf.cli import app
+from knnlm_hf.errors import KNNLMError
+from knnlm_hf.study import Outcome, Plot, Series, experiments, report
+from knnlm_hf.study.outcome import FAILS, HOLDS, UNDECIDED, both
+from knnlm_hf.study.plots import alone, draw
+from knnlm_hf.study.tables import cell, table
+
+FACTS = {
+    "model": "me/<model>", "architecture": "GPT2LMHeadModel", "parameters": 1234567,
+    "vocabulary": 61, "layers": ["att"], "window": 32, "stride": 16,
+    "tokens": {"train": 1000, "valid": 200, "test": 300},
+    "settings": {"k": 16, "eval_tokens": None}, "versions": {"torch": "2.13"},
+    "machine": "x86_64", "command": "knnlm study run",
+}  # fmt: skip
+
+
+def result(name="base_lm", **changes):
+    facts = {
+        "experiment": name, "title": "A <title>", "row": 1, "section": "3",
+        "hypothesis": "Does it?", "finding": "It does.", "verdict": HOLDS, "seconds": 1.5,
+        "sentence": "Ratio 0.9 & more.",
+        "rows": [{"setting": "a", "seed": 0, "lmbda": 0.25, "memory_perplexity": "inf"}],
+        "plots": [
+            {
+                "title": "Plot & title", "x": "x", "y": "y", "kind": "line", "log_x": False,
+                "level": 2.0, "level_name": "model alone",
+                "series": [{"name": "s", "x": [1, 2], "y": [1.0, 3.0], "low": None, "high": None}],
+            }
+        ],
+    }  # fmt: skip
+    return facts | changes
+
+
+def write(folder, *results):
+    (folder / "results").mkdir()
+    (folder / "results" / "study.json").write_text(json.dumps(FACTS))
+    for one in results:
+        (folder / "results" / f"{one['experiment']}.json").write_text(json.dumps(one))
+
+
+class Tags(HTMLParser):
+    """Every tag of a page, and whether they nest."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in {"meta", "link", "br", "img"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+class TestReport:
+    def test_the_page_is_whole_and_needs_nothing_else(self, tmp_path):
+        write(tmp_path, result(), result("datastore_size", row=8, verdict=UNDECIDED))
+        page = report(tmp_path).read_text()
+        tags = Tags()
+        tags.feed(page)
+        assert not tags.open
+        names = [tag for tag, _ in tags.seen]
+        assert "script" not in names
+        assert "img" not in names
+        assert names.count("svg") == 2
+        assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in (
+            tags.seen
+        )
+        assert "prefers-color-scheme: dark" in page
+        assert "A &lt;title&gt;" in page
+        assert "Ratio 0.9 &amp; more." in page
+        assert "me/&lt;model&gt;" in page
+        links = {attrs["href"] for tag, attrs in tags.seen if tag == "a"}
+        assert links == {"#base_lm", "#datastore_size"}
+
+    def test_ids_on_the_page_are_unique(self, tmp_path):
+        write(tmp_path, result(), result("datastore_size"))
+        found = re.findall(r'<(?:clipPath|path|g|h2) id="([^"]+)"', report(tmp_path).read_text())
+        shared = {name for name in found if found.count(name) > 1}
+        # Groups of matplotlib are named alike in every figure, and nothing refers to them.
+        assert not [name for name in shared if f"#{name}" in report(tmp_path).read_text()]
+
+    def test_the_markdown_says_the_same_and_its_plots_are_there(self, tmp_path):
+        write(tmp_path, result())
+        text = (report(tmp_path).parent / "README.md").read_text()
+        assert "| 1 | A <title> | **holds** |" in text
+        assert "Ratio 0.9 & more." in text
+        (plot,) = re.findall(r"\]\((plots/[^)]+)\)", text)
+        assert (tmp_path / "report" / plot).read_text().startswith("<svg")
+        assert "∞" in text
+
+    def test_it_is_made_again_over_an_old_one(self, tmp_path):
+        write(tmp_path, result())
+        report(tmp_path)
+        (tmp_path / "results" / "base_lm.json").write_text(json.dumps(result(verdict=FAILS)))
+        assert "does not hold" in report(tmp_path).read_text()
+
+    def test_without_results_it_says_what_to_do(self, tmp_path):
+        with pytest.raises(KNNLMError, match="knnlm study run"):
+            report(tmp_path)
+
+
+class TestPlots:
+    def test_a_plot_takes_the_page_s_colour_and_width(self):
+        svg = draw(result()["plots"][0], "a")
+        head = svg[: svg.index(">")]
+        assert "currentColor" in svg
+        assert "#010203" not in svg
+        assert " width=" not in head
+        assert "viewBox" in head
+        assert "Plot &amp; title" in head
+        assert "model alone" in svg
+        assert "prefers-color-scheme" in alone(svg)
+        assert draw(result()["plots"][0], "a") == svg
+
+    def test_bars_with_intervals(self):
+        plot = Outcome(
+            rows=[], verdict=HOLDS, sentence="",
+            plots=[
+                Plot(
+                    title="t", x="", y="y", kind="bar",
+                    series=[Series("one", ["a", "b"], [1.0, 1.1], [0.9, 1.0], [1.1, 1.2])],
+                )
+            ],
+        ).to_dict()["plots"][0]  # fmt: skip
+        assert "axis cut" in draw(plot, "b")
+
+
+class TestTables:
+    def test_cells(self):
+        assert cell(None) == ""
+        assert cell(1234567) == "1,234,567"
+        assert cell(0.123456) == "0.1235"
+        assert cell(12345.6) == "12,346"
+        assert cell("inf") == "∞"
+        assert cell({"ratio": 0.5, "low": 0.25, "high": 1.0, "blocks": 3}) == "0.500 [0.250, 1.000]"
+
+    def test_empty_columns_go_and_long_tables_are_thinned(self):
+        rows = [{"perplexity": i, "setting": "a", "seed": 0, "top": None} for i in range(100)]
+        head, body, left = table(rows)
+        assert head == ["setting", "perplexity"]
+        assert len(body) + left == 100
+        assert len(body) <= 40
+
+
+def test_what_is_certain_makes_the_verdict():
+    assert both(True, False) == HOLDS
+    assert both(False, True) == FAILS
+    assert both(False, False) == UNDECIDED
+
+
+def test_infinity_is_written_as_a_string():
+    found = Outcome(rows=[{"p": float("inf")}], verdict=HOLDS, sentence="").to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False))["rows"] == [{"p": "inf"}]
+
+
+class TestCommand:
+    def test_list_names_every_experiment(self):
+        done = CliRunner().invoke(app, ["study", "list", "--json"])
+        assert done.exit_code == 0
+        assert list(json.loads(done.stdout)) == [e.name for e in experiments()]
+
+    def test_run_and_report(self, tmp_path):
+        model = tmp_path / "model"
+        tiny.gpt2().save_pretrained(model)
+        tiny.tokenizer().save_pretrained(model)
+        for number, split in enumerate(("train", "valid", "test")):
+            words = " ".join(tiny.text(tiny.corpus(8, number)))
+            (tmp_path / f"{split}.txt").write_text(words)
+        options = [f"--{s}={tmp_path / s}.txt" for s in ("train", "valid", "test")]
+        given = ["study", "run", str(model), *options, f"--out={tmp_path / 'out'}", "--quick"]
+        given += ["--only=base_lm", "--eval-tokens=64", "--json"]
+        done = CliRunner().invoke(app, given)
+        assert done.exit_code == 0, done.output
+        facts = json.loads(done.stdout)
+        assert facts["base_lm"] == HOLDS
+        stored = json.loads((tmp_path / "out" / "results" / "base_lm.json").read_text())
+        assert stored["settings"]["eval_tokens"] == 64
+        again = CliRunner().invoke(app, ["study", "report", str(tmp_path / "out"), "--json"])
+        assert json.loads(again.stdout)["report"] == facts["report"]
+
+    def test_an_unknown_experiment_is_one_line_and_exit_code_2(self, tmp_path):
+        done = CliRunner().invoke(app, ["study", "report", str(tmp_path)])
+        assert done.exit_code == 2
+        assert done.output.startswith("error: ")
