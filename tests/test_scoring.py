@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from tiny_memory import head_of
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, score
 from knnlm_hf.errors import CorpusError, KNNLMError, ModelMismatchError, SettingError
@@ -234,6 +235,102 @@ def test_another_tokenizer_than_the_store_s_is_refused(model, tmp_path):
     other = tiny.tokenizer(reverse=True)
     with pytest.raises(ModelMismatchError, match="another tokenizer"):
         perplexity(mixture, texts, tokenizer=other, progress=False)
+
+
+@pytest.fixture(scope="module")
+def several(model, store, tmp_path_factory):
+    """A search in `att`, a head that reads `ffn`, and a smaller search in `ffn`."""
+    path = tmp_path_factory.mktemp("scoring") / "ffn"
+    other = Datastore.build(
+        model, tiny.corpus(), path, layer="ffn", dtype="float32", window=16, stride=8,
+        progress=False,
+    )  # fmt: skip
+    memories = [
+        KNNMemory(store, k=K, temperature=T),
+        head_of(model, "ffn"),
+        KNNMemory(other, k=5, temperature=90.0),
+    ]
+    return KNNLMForCausalLM(model, memories, lmbda=[0.3, 0.1, 0.2])
+
+
+def test_several_memories_in_one_pass(several, model):
+    """Each memory's evidence is what it is when scored alone; the mixture is that of the parts."""
+    options = {"window": 16, "stride": 8, "progress": False}
+    scores = score(several, held_out, **options)
+    assert (scores.lmbda, scores.k) == ((0.3, 0.1, 0.2), (K, None, 5))
+    assert scores.temperature == (T, 1.0, 90.0)
+    alone = []
+    for memory in several.memories:
+        alone.append(score(KNNLMForCausalLM(model, memory), held_out, **options).memory_log_probs())
+    assert not scores.memories[1].scores.requires_grad
+    torch.testing.assert_close(scores.memory_log_probs(), torch.stack(alone))
+    parts = torch.stack(alone).double().exp()
+    base = scores.lm_log_probs.double().exp()
+    mixed = 0.4 * base + torch.tensor([0.3, 0.1, 0.2], dtype=torch.float64) @ parts
+    expected = math.exp(-mixed.log().mean())
+    assert scores.perplexity() == pytest.approx(expected, rel=1e-5)
+    best = math.exp(-torch.maximum(base, parts.amax(0)).log().mean())
+    assert scores.oracle() == pytest.approx(best, rel=1e-5)
+    report = perplexity(several, held_out, **options)
+    assert report.perplexity == pytest.approx(expected, rel=1e-5)
+    assert report.oracle_perplexity == pytest.approx(best, rel=1e-5)
+    assert report.memory_perplexity == pytest.approx(scores.memory_perplexity())
+    assert len(scores.memory_perplexity()) == 3
+
+
+def test_the_loss_of_several_memories_is_their_perplexity(several):
+    ids = held_out[-1][:20]
+    loss = several(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert perplexity(several, [ids], progress=False).nll == pytest.approx(loss, rel=1e-4)
+
+
+def test_settings_of_several_memories(several):
+    scores = score(several, held_out, progress=False)
+    near, head, other = scores.memories
+    # One value is for every memory that searches; a list has one for each, None for its own.
+    torch.testing.assert_close(
+        scores.memory_log_probs(temperature=7.0, k=3),
+        torch.stack([near.log_probs(7.0, 3), head.log_probs(), other.log_probs(7.0, 3)]),
+    )
+    torch.testing.assert_close(
+        scores.memory_log_probs(temperature=[None, None, 7.0], k=[2, None, None]),
+        torch.stack([near.log_probs(k=2), head.log_probs(), other.log_probs(7.0)]),
+    )
+    assert scores.perplexity(lmbda=[0, 0, 0]) == scores.base_perplexity
+    assert scores.perplexity(lmbda=0.3) == scores.perplexity(lmbda=[0.1] * 3)
+    for settings, message in [
+        ({"k": 6}, "only 5 neighbours"),
+        ({"temperature": [1.0, 2.0, 3.0]}, "without k and temperature"),
+        ({"k": [3, None]}, "k has 2 values for 3 memories"),
+        ({"lmbda": [0.5, 0.5, 0.1]}, "sum below 1"),
+    ]:
+        with pytest.raises(SettingError, match=message):
+            scores.perplexity(**settings)
+
+
+def test_own_text_is_excluded_from_every_search(several, model, store):
+    items = tiny.corpus()
+    options = {"window": 16, "stride": 8, "exclude_self": True, "progress": False}
+    scores = score(several, items, **options)
+    for number, memory in enumerate(several.memories):
+        if number != 1:  # a head has no entries
+            alone = score(KNNLMForCausalLM(model, memory), items, **options)
+            torch.testing.assert_close(
+                scores.memories[number].similarity, alone.memories[0].similarity
+            )
+    with pytest.raises(KNNLMError, match="needs a model with a datastore"):
+        score(KNNLMForCausalLM(model, several.memories[1]), items, **options)
+
+
+def test_a_search_without_hits_gives_its_share_to_the_model_alone():
+    """P = (1 − 0.2) · P_LM + 0.2 · P_head, and λ = 0.5 of the search is the model's."""
+    silent = Evidence(similarity=torch.full((1, 2), -math.inf), is_target=torch.zeros(1, 2) > 0)
+    scores = TokenScores(
+        lm_log_probs=torch.tensor([0.4]).log(), tokens=torch.tensor([0]),
+        documents=torch.zeros(1), context=torch.ones(1), lmbdas=(0.2, 0.5),
+        memories=(Evidence(scores=torch.tensor([0.9]).log()), silent),
+    )  # fmt: skip
+    assert scores.log_probs().exp().item() == pytest.approx(0.8 * 0.4 + 0.2 * 0.9)
 
 
 def test_training_mode_is_restored(knn):

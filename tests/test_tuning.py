@@ -1,5 +1,6 @@
 """Tuning against an exhaustive loop in float64 over the same grid."""
 
+import copy
 import logging
 import math
 from dataclasses import replace
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny_memory import head_of
 
-from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, tune
+from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, tune
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.tuning import fit
+from knnlm_hf.tuning.shares import best_shares
 
 
 def table(seed=0, n=301, k=50, hit_share=0.1, dead=0.03):
@@ -119,6 +122,150 @@ def test_a_memory_without_search_has_only_lambda():
     assert (best.k, best.temperature) == (None, None)
 
 
+def several(seed=0, n=400, kinds=("search", "head", "search")):
+    """Scores of memories that know different tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    memories = []
+    for number, kind in enumerate(kinds):
+        if kind == "search":
+            (found,) = table(10 * seed + number, n, k=12, hit_share=0.15).memories
+            memories.append(found)
+        else:
+            noise = torch.randn(n, generator=generator)
+            memories.append(Evidence(scores=(-1.5 + 1.5 * noise).clamp(max=-0.01)))
+    return replace(table(seed, n), memories=tuple(memories), lmbdas=(0.0,) * len(kinds))
+
+
+def loop_of_several(scores, lmbdas, settings):
+    """Perplexity in float64, token by token; settings (t, k) of each memory, or None."""
+    total = 0.0
+    for n, lm in enumerate(scores.lm_log_probs.double().tolist()):
+        share, mixed = 1.0, 0.0
+        for found, lmbda, setting in zip(scores.memories, lmbdas, settings, strict=True):
+            if setting is None:
+                p = math.exp(found.scores[n].item())
+            else:
+                row = found.similarity[n, : setting[1]].double().numpy()
+                if row[0] == -math.inf:
+                    continue
+                weights = np.exp((row - row[0]) / setting[0])
+                p = weights[found.is_target[n, : setting[1]].numpy()].sum() / weights.sum()
+            share -= lmbda
+            mixed += lmbda * p
+        total += math.log(share * math.exp(lm) + mixed)
+    return math.exp(-total / len(scores))
+
+
+def ratios(seed, n, count):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator).mul(2).exp() for _ in range(count)]
+
+
+def gain_of(lmbdas, rows):
+    mixed = 1 + sum(lm * (row.double() - 1) for lm, row in zip(lmbdas, rows, strict=True))
+    return mixed.log().mean().item()
+
+
+def test_hand_worked_shares():
+    """Two experts, each right about a third of the tokens: by symmetry a third each.
+
+    P/P_LM is 0 or 3: maximise ⅓·log(1−λ₁−λ₂) + ⅓·log(1+2λ₁−λ₂) + ⅓·log(1−λ₁+2λ₂), symmetric in
+    the weights of the three columns (3, 0, 0) … only if the model too is such an expert.
+    """
+    model = torch.tensor([3.0, 1e-9, 1e-9])
+    one, two = torch.tensor([1e-9, 3.0, 1e-9]) / model, torch.tensor([1e-9, 1e-9, 3.0]) / model
+    assert best_shares([one, two]) == pytest.approx((1 / 3, 1 / 3), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_shares_of_two_memories_against_a_grid(seed):
+    rows = ratios(seed, 150, 2)
+    steps = torch.linspace(0, 0.999, 120).tolist()
+    grid = [(a, b) for a in steps for b in steps if a + b <= 0.999]
+    best = max(grid, key=lambda lmbdas: gain_of(lmbdas, rows))
+    found = best_shares(rows)
+    assert gain_of(found, rows) >= gain_of(best, rows) - 1e-9
+    assert found == pytest.approx(best, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_shares_satisfy_the_conditions_of_the_optimum(seed, count):
+    """Where λ > 0 slopes are equal, and none is larger; 0 unless Σ λ is at its limit."""
+    rows = ratios(seed, 300, count)
+    lmbdas = best_shares(rows)
+    mixed = 1 + sum(lm * (row.double() - 1) for lm, row in zip(lmbdas, rows, strict=True))
+    slopes = [((row.double() - 1) / mixed).mean().item() for row in rows]
+    largest = max(slopes) if sum(lmbdas) > 0.999 - 1e-9 else 0.0
+    assert largest >= 0
+    for lmbda, slope in zip(lmbdas, slopes, strict=True):
+        assert slope <= largest + 1e-6
+        if lmbda > 0:
+            assert slope == pytest.approx(largest, abs=1e-6)
+
+
+def test_shares_at_the_edges():
+    n = 50
+    useless, perfect = torch.zeros(n), torch.full((n,), 1e30)
+    silent, good = torch.ones(n), torch.arange(n) % 2 * 3.0
+    assert best_shares([useless]) == (0.0,)
+    assert best_shares([useless, good])[0] == 0
+    assert best_shares([perfect])[0] == pytest.approx(0.999, abs=1e-6)
+    assert sum(best_shares([perfect, good])) == pytest.approx(0.999, abs=1e-6)
+    assert sum(best_shares([silent, silent])) < 1
+    (one,) = best_shares([good])
+    assert sum(best_shares([good, good])) == pytest.approx(one, abs=1e-6)  # the same twice
+    for lmbda in best_shares([good, useless, good]):
+        assert lmbda >= 0
+
+
+@pytest.mark.parametrize("kinds", [("head", "search"), ("search", "search")])
+def test_settings_and_shares_together(kinds):
+    """Every t, k and λ of two memories, against an exhaustive loop."""
+    scores = several(1, 150, kinds)
+    ks, ts, shares = [2, 12], [5.0, 30.0], [(a, b) for a in (0, 0.2, 0.4) for b in (0, 0.2, 0.4)]
+    grids = [[None] if kind == "head" else [(t, k) for t in ts for k in ks] for kind in kinds]
+    every = {
+        (loop_of_several(scores, lmbdas, (one, two)), lmbdas, one, two)
+        for lmbdas in shares for one in grids[0] for two in grids[1]
+    }  # fmt: skip
+    value, *_ = min(every, key=lambda entry: entry[0])
+    best = fit(scores, ks=ks, temperatures=ts, lmbdas=shares)
+    assert best.perplexity == pytest.approx(value, rel=1e-5)
+    settings = [
+        None if t is None else (t, k) for t, k in zip(best.temperature, best.k, strict=True)
+    ]
+    assert loop_of_several(scores, best.lmbda, settings) == pytest.approx(value, rel=1e-5)
+    free = fit(scores, ks=ks, temperatures=ts)
+    assert free.perplexity <= best.perplexity * (1 + 1e-6)
+    assert free.perplexity == pytest.approx(
+        scores.perplexity(free.lmbda, free.temperature, free.k), rel=1e-5
+    )
+
+
+def test_more_memories_are_never_worse():
+    scores = several(2)
+    best = fit(scores)
+    assert len(best.lmbda) == len(best.temperature) == len(best.k) == 3
+    assert (best.temperature[1], best.k[1]) == (None, None)
+    for found in scores.memories:
+        assert best.perplexity <= fit(replace(scores, memories=(found,))).perplexity * (1 + 1e-6)
+    assert best.perplexity == pytest.approx(
+        scores.perplexity(best.lmbda, best.temperature, best.k), rel=1e-5
+    )
+    assert best.helps
+    assert best.message.count("lmbda") == 3
+
+
+def test_a_useless_memory_beside_others_gets_nothing():
+    scores = several(3, kinds=("search", "head"))
+    near, head = scores.memories
+    useless = replace(near, is_target=torch.zeros_like(near.is_target))
+    best = fit(replace(scores, memories=(useless, head)))
+    assert best.lmbda[0] == 0
+    assert best.lmbda[1] == pytest.approx(fit(replace(scores, memories=(head,))).lmbda, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def knn(tmp_path_factory):
     model = tiny.gpt2()
@@ -136,6 +283,18 @@ def test_tune_applies_what_it_finds(knn):
     assert (knn.lmbda, knn.memory.k) == (best.lmbda, best.k)
     assert knn.memory.temperature == best.temperature
     knn.memory.k = 64
+
+
+def test_tune_applies_what_it_finds_to_each_memory(knn):
+    model, head = knn.unwrap(), head_of(knn.unwrap())
+    near = copy.deepcopy(knn.memory)
+    both = KNNLMForCausalLM(model, [head, near], lmbda=[0.1, 0.1])
+    best = tune(both, tiny.corpus(seed=7), progress=False)
+    assert both.lmbda == best.lmbda
+    assert (near.k, near.temperature) == (best.k[1], best.temperature[1])
+    assert (best.k[0], best.temperature[0], head.temperature) == (None, None, 1.0)
+    report = perplexity(both, tiny.corpus(seed=7), progress=False)
+    assert report.perplexity == pytest.approx(best.perplexity, rel=1e-4)
 
 
 def test_tune_warns_when_it_does_not_help(knn, caplog):

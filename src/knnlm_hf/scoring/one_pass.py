@@ -90,7 +90,9 @@ class _Scorer:
         self.can_slice = "logits_to_keep" in accepted
         self.has_cache = "use_cache" in accepted
 
+    @torch.no_grad()
     def score(self, batch: Batch) -> TokenScores:
+        """What the model and its memories say of the batch's new tokens."""
         is_new_BT = batch.is_new
         targets_N = batch.targets[is_new_BT]
         rows_N, columns_N = is_new_BT.nonzero(as_tuple=True)
@@ -114,7 +116,6 @@ class _Scorer:
             memory_seconds=done - modelled,
         )
 
-    @torch.no_grad()
     def _forward(self, batch: Batch, targets_N: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities of the new predictions, row by row, and the states for each memory."""
         device = self.model.device
