@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check wheel clean
+.PHONY: demo test check docs wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/knnlm demo $(ARGS)
@@ -16,6 +16,9 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
 wheel: $(VENV)/.ready
 	rm -rf dist
@@ -31,4 +34,4 @@ $(VENV)/.ready: pyproject.toml constraints-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site .demo .pytest_cache .mypy_cache .ruff_cache

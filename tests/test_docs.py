@@ -1,0 +1,86 @@
+"""The pages under docs/ say what is: their code runs, their errors exist, every name is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pages
+import pytest
+import standin
+from fake_hub import FakeHub
+
+import knnlm_hf
+
+SOURCE = Path(knnlm_hf.__file__).parent
+RUNNABLE = sorted(
+    path.relative_to(pages.DOCS).as_posix()
+    for path in pages.DOCS.rglob("*.md")
+    if any(block.language in ("python", "bash") for block in pages.blocks(path))
+)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in, trained once."""
+    folder = tmp_path_factory.mktemp("standin") / "gpt2"
+    standin.save(folder)
+    return folder
+
+
+def test_numbers_and_ellipses_of_expected_output() -> None:
+    assert pages.matches("a 10.0 b", "a  11.9\nb\n")
+    assert not pages.matches("a 10.0 b", "a 12.1 b")
+    assert not pages.matches("a 10.0 b", "a 10.0 c")
+    assert pages.matches("1,000 … (x)", "1,100 and more (x)")
+    assert not pages.matches("lost", "")
+    assert pages.matches("none inf", "none inf")
+    assert not pages.matches("True", "False")
+
+
+@pytest.mark.xdist_group("docs")
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_the_page_runs(
+    name: str, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2").symlink_to(gpt2)
+    FakeHub(monkeypatch, tmp_path / "hub")
+    assert pages.run(pages.DOCS / name)
+
+
+def literals() -> list[str]:
+    """Every string of the source, `…` in place of what an f-string puts in."""
+    found = []
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+                found.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def quoted_errors() -> list[str]:
+    text = (pages.DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    return re.findall(r"^### `(.+)`", text, flags=re.M)
+
+
+@pytest.mark.parametrize("error", quoted_errors())
+def test_the_source_says_that(error: str) -> None:
+    parts = [re.escape(part.strip()) for part in error.split("…") if part.strip()]
+    wanted = re.compile(".*".join(parts), flags=re.S)
+    assert any(wanted.search(text.replace("`", "")) for text in literals()), error
+
+
+def test_every_public_name_has_its_reference() -> None:
+    text = (pages.DOCS / "api.md").read_text(encoding="utf-8")
+    shown = {line.rsplit(".", 1)[1] for line in re.findall(r"^::: ([\w.]+)$", text, flags=re.M)}
+    assert set(knnlm_hf.__all__) - {"__version__"} <= shown
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"[\w/-]+\.md", (pages.DOCS.parent / "mkdocs.yml").read_text()))
+    assert listed == {path.relative_to(pages.DOCS).as_posix() for path in pages.DOCS.rglob("*.md")}
