@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from knnlm_hf.errors import SettingError
 from knnlm_hf.memory.head import Head, exact
 from knnlm_hf.memory.head_loss import head_loss
+from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count
 
 
@@ -42,6 +43,9 @@ class MLPMemory(Head):
     """
 
     kind = "mlp"
+    negatives: int | None = None
+    """How many tokens stand for the rest in a training step; set while it is trained with a
+    recipe that says so."""
 
     def __init__(
         self,
@@ -90,7 +94,17 @@ class MLPMemory(Head):
         tokens_QT = self._targets(tokens, weights, hidden)
         weights_QT = None if weights is None else weights.reshape(tokens_QT.shape).to(self.device)
         states_QD = self._states(self._flat(hidden))
+        if self.negatives is not None and self.training:
+            return sampled_loss(
+                states_QD, self.weight, None, lambda tokens: tokens[..., None], tokens_QT,
+                weights_QT, vocab_size=self.vocab_size, negatives=self.negatives,
+            )  # fmt: skip
         return head_loss(states_QD, self.weight, None, tokens_QT[..., None], weights_QT)
+
+    @torch.no_grad()
+    def start_rows(self, rows_VD: Tensor) -> None:
+        """Set the rows to `rows_VD`."""
+        self.weight.copy_(rows_VD)
 
     @classmethod
     def _blank(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:

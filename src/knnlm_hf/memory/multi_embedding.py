@@ -19,6 +19,7 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head import Head
 from knnlm_hf.memory.head_loss import head_loss
+from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count, check_temperature
 
 
@@ -43,6 +44,9 @@ class MultiEmbeddingHead(Head):
     first_rows: Tensor
     row_counts: Tensor
     rows_per_token: Tensor | None
+    negatives: int | None = None
+    """How many tokens stand for the rest in a training step; set while it is trained with a
+    recipe that says so."""
 
     def __init__(
         self,
@@ -102,7 +106,19 @@ class MultiEmbeddingHead(Head):
             raise KNNLMError(f"token {token} has no row in this head: give it one, or leave it out")
         weights_QT = None if weights is None else weights.reshape(tokens_QT.shape).to(self.device)
         hidden_QD = self._flat(hidden) / self.temperature
+        if self.negatives is not None and self.training:
+            return sampled_loss(
+                hidden_QD, self.weight, self.bias, self._rows_of, tokens_QT, weights_QT,
+                vocab_size=self.vocab_size, negatives=self.negatives,
+            )  # fmt: skip
         return head_loss(hidden_QD, self.weight, self.bias, rows_QTM, weights_QT)
+
+    @torch.no_grad()
+    def start_rows(self, rows_VD: Tensor) -> None:
+        """Set each token's rows to its row of `rows_VD`, a little apart so that they can part."""
+        rows_RD = rows_VD[self.row_tokens]
+        apart_RD = torch.randn_like(rows_RD) * (0.1 * rows_VD.std())
+        self.weight.copy_(rows_RD if self._most_rows == 1 else rows_RD + apart_RD)
 
     @property
     def _width(self) -> int:
@@ -127,18 +143,20 @@ class MultiEmbeddingHead(Head):
         return logits_QR if self.bias is None else logits_QR + self.bias
 
     def _log_probs(self, hidden_QD: Tensor) -> Tensor:
-        logits_QR = self._logits(hidden_QD)
-        all_Q1 = logits_QR.logsumexp(1, keepdim=True)
+        return self._by_token(self._logits(hidden_QD)).log_softmax(1)
+
+    def _by_token(self, logits_QR: Tensor) -> Tensor:
+        """(Q, R) → (Q, V): log of the summed exp of each token's rows; −inf without a row."""
         if self._is_uniform:
             logits_QVM = logits_QR.view(len(logits_QR), self.vocab_size, -1)
-            return torch.logsumexp(logits_QVM, dim=2) - all_Q1
+            return logits_QR if self._most_rows == 1 else logits_QVM.logsumexp(2)
         shape = (logits_QR.shape[0], self.vocab_size)
         tokens_QR = self.row_tokens.expand_as(logits_QR)
         peak_QV = logits_QR.new_full(shape, -torch.inf)
         peak_QV = peak_QV.scatter_reduce(1, tokens_QR, logits_QR.detach(), "amax")
         relative_QR = (logits_QR - peak_QV.gather(1, tokens_QR)).exp()
         total_QV = logits_QR.new_zeros(shape).index_add(1, self.row_tokens, relative_QR)
-        return torch.where(total_QV > 0, peak_QV + total_QV.log(), -torch.inf) - all_Q1
+        return torch.where(total_QV > 0, peak_QV + total_QV.log(), -torch.inf)
 
     @classmethod
     def _blank(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:

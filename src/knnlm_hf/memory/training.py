@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,9 @@ class Recipe:
     """Epochs without a better held-out loss after which training stops."""
     dtype: str = "float32"
     """Of the matrix products: float32, or bfloat16 (sums stay in float32)."""
+    negatives: int | None = None
+    """Tokens drawn at each step to stand for all that are not in its batch (see `sampled_loss`);
+    None: all of them, the exact loss. Held-out losses are exact either way."""
     seed: int = 0
     """Of initialisation, order and held-out entries."""
 
@@ -55,6 +59,8 @@ class Recipe:
         """Raise `SettingError` for a value out of range."""
         for name in ("epochs", "batch_size", "patience"):
             check_count(name, getattr(self, name))
+        if self.negatives is not None:
+            check_count("negatives", self.negatives)
         if not 0 < self.lr < math.inf or not 0 <= self.warmup < 1:
             raise SettingError(
                 f"lr is {self.lr!r} and warmup {self.warmup!r}, expected lr > 0, 0 <= warmup < 1"
@@ -192,7 +198,7 @@ def train(
     entries = Entries(store, recipe.seed)
     run = _Run(head, entries, recipe, teacher, None if checkpoint is None else Path(checkpoint))
     objective = loss or (lambda batch: head(batch.keys, batch.tokens))
-    with bar(progress) as shown:
+    with _sampling(head, recipe.negatives), bar(progress) as shown:
         task = shown.add_task("training", total=recipe.epochs * len(entries), rate="")
         shown.advance(task, run.epoch * len(entries))
         while run.epoch < recipe.epochs and run.stale < recipe.patience:
@@ -204,6 +210,24 @@ def train(
                 shown.update(task, rate=f"loss {value:.3f} · perplexity {math.exp(value):,.1f}")
             run.end_epoch()
     return run.finish(store)
+
+
+@contextmanager
+def _sampling(head: nn.Module, negatives: int | None) -> Iterator[None]:
+    """Inside the block the head's training loss takes in so many other tokens."""
+    if negatives is not None and not hasattr(head, "negatives"):
+        raise SettingError(
+            f"a {type(head).__name__} has no sampled loss: leave negatives out (found {negatives})"
+        )
+    if negatives is None:
+        yield
+        return
+    with_negatives: Any = head
+    with_negatives.negatives = negatives
+    try:
+        yield
+    finally:
+        with_negatives.negatives = None
 
 
 class _Run:
@@ -221,7 +245,9 @@ class _Run:
         self.teacher = teacher
         self.parameters = dict(head.named_parameters())
         self.device = next(iter(self.parameters.values())).device
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), recipe.lr, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), recipe.lr, weight_decay=0.0, fused=True
+        )
         self.steps = recipe.epochs * math.ceil(len(entries) / recipe.batch_size)
         self.epoch = self.done = self.stale = 0
         self.best_loss = math.inf
