@@ -9,6 +9,7 @@ Shape suffixes: Q query, D dimension, V vocabulary.
 from __future__ import annotations
 
 import inspect
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -161,7 +162,8 @@ class Head(HeadFiles, nn.Module):
     def log_probs(self, hidden: Tensor) -> Tensor:
         """Log-probabilities of every token: (..., D) → (..., V) float32."""
         parts = [self._log_probs(chunk_QD) for chunk_QD in self._chunks(self._flat(hidden))]
-        return torch.cat(parts).reshape(*hidden.shape[:-1], self.vocab_size)
+        log_probs_QV = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return log_probs_QV.reshape(*hidden.shape[:-1], self.vocab_size)
 
     def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Log-probability of one token per state: (..., D), (...) → (...) float32."""
@@ -242,7 +244,8 @@ class Head(HeadFiles, nn.Module):
                 f"hidden states are {hidden.shape[-1]}-d, this head reads {self.hidden_size}-d "
                 f"states of layer {self.layer!r}: use the model it was trained with"
             )
-        return hidden.reshape(-1, self.hidden_size).to(self.device, self.dtype)
+        like = self._any_tensor()
+        return hidden.reshape(-1, self.hidden_size).to(like.device, like.dtype)
 
     def _flat_tokens(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """(...) → (Q,), on the head's device."""
@@ -266,7 +269,7 @@ class Head(HeadFiles, nn.Module):
 
     def _any_tensor(self) -> Tensor:
         """A parameter, or a floating-point buffer."""
-        tensors = (*self.parameters(), *self.buffers())
+        tensors = chain(self.parameters(), self.buffers())
         return next(tensor for tensor in tensors if tensor.is_floating_point())
 
 
