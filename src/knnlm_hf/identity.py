@@ -160,7 +160,13 @@ def _weights(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _readable(parameter: Tensor) -> bool:
     """Whether the values are there: not offloaded, not quantised."""
-    return parameter.is_floating_point() and not parameter.is_meta and parameter.numel() > 0
+    is_plain = type(parameter.data) is Tensor  # not a quantised kind that behaves like one
+    return (
+        is_plain
+        and parameter.is_floating_point()
+        and not parameter.is_meta
+        and parameter.numel() > 0
+    )
 
 
 def _sample(parameter: Tensor, count: int) -> Tensor:
