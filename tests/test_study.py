@@ -257,6 +257,19 @@ class TestRun:
             resumed.memories[0].similarity, fresh.memories[0].similarity, rtol=0, atol=0
         )
 
+    def test_a_finished_store_is_used_as_it_is(self, tmp_path):
+        built = study(tmp_path / "a").store("att").path
+        linked = study(tmp_path / "b", stores=[built]).store("att")
+        assert linked.path != built
+        for file in built.glob("*.safetensors"):
+            assert (linked.path / file.name).samefile(file)
+
+    def test_a_store_of_another_text_is_refused_and_not_kept(self, tmp_path):
+        other = study(tmp_path / "a", train=tiny.corpus(19, 1)).store("att")
+        with pytest.raises(KNNLMError):
+            study(tmp_path / "b", stores=[other.path]).store("att")
+        assert len(study(tmp_path / "b").store("att")) > len(other)
+
     def test_settings_are_checked(self):
         with pytest.raises(SettingError, match="eval_tokens is 0"):
             Settings(eval_tokens=0)

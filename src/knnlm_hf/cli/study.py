@@ -38,6 +38,9 @@ def run(
     out: Out,
     only: Only = None,
     quick: Quick = False,
+    store: Annotated[
+        list[str] | None, typer.Option("--store", help="A finished datastore to use; repeatable.")
+    ] = None,
     train_tokens: Annotated[
         int | None, typer.Option(min=1, help="Training tokens used, from the beginning [all].")
     ] = None,
@@ -75,7 +78,7 @@ def run(
     one = study.Study(
         base, tokenizer, train=load_corpus(train, "train", lines),
         valid=load_corpus(valid, "validation", lines), test=load_corpus(test, "test", lines),
-        folder=out, settings=study.Settings(**settings),
+        folder=out, stores=store or (), settings=study.Settings(**settings),
     )  # fmt: skip
     results = study.run(one, only, command=shlex.join(["knnlm", *sys.argv[1:]]))
     page = study.report(out)

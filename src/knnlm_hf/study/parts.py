@@ -20,6 +20,7 @@ from knnlm_hf.types import KeyRows
 
 SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of the datastore, as in the paper's figure 2."""
+_QUERIES = 4096  # merged at a time
 
 
 def cut(entries: int, seed: int) -> list[Tensor]:
@@ -73,8 +74,9 @@ def nearest_of(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tu
         ours: similarity (Q, K) and whether each neighbour carries the target, (Q, K) bool.
         theirs: the same of the other set; K may differ: the larger is kept.
     """
-    similarity = torch.cat([ours[0], theirs[0]], dim=1)
-    is_target = torch.cat([ours[1], theirs[1]], dim=1)
     k = max(ours[0].shape[1], theirs[0].shape[1])
-    best_QK, where_QK = similarity.topk(k, dim=1)
-    return best_QK, is_target.gather(1, where_QK)
+    parts = []
+    for a, a_is, b, b_is in zip(*(torch.split(t, _QUERIES) for t in (*ours, *theirs)), strict=True):
+        best_qK, where_qK = torch.cat([a, b], dim=1).topk(k, dim=1)
+        parts.append((best_qK, torch.cat([a_is, b_is], dim=1).gather(1, where_qK)))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])

@@ -15,7 +15,7 @@ from torch import Tensor
 from knnlm_hf.build import Datastore
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index import SearchIndex, build_index, open_index
-from knnlm_hf.memory import Evidence
+from knnlm_hf.memory import Evidence, KNNMemory
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.study.forward import Evaluation
 from knnlm_hf.study.parts import SIZES, ChosenRows, cut, nearest_of
@@ -43,6 +43,7 @@ def scores(
     real: bool = False,
     part: int | None = None,
     tokens: int | None = None,
+    stride: int | None = None,
 ) -> TokenScores:
     """The kNN scores of a split, searched once and kept: any λ, t and k is arithmetic on them.
 
@@ -55,8 +56,9 @@ def scores(
         real: the true scores of the neighbours that the index found, in place of its own.
         part: search only this part of the datastore, see `study.parts`; None: all of it.
         tokens: score only so many tokens, spread over the evaluation; None: all of them.
+        stride: new tokens per window, other than the study's.
     """
-    evaluation = study.evaluation(split)
+    evaluation = study.evaluation(split, stride=stride)
     rows = some_rows(len(evaluation), tokens)
     store = study.store(layer)
     inputs = {
@@ -144,6 +146,13 @@ def exact_tokens(study: Study, layer: str = "att") -> int:
     """Tokens of each split that exact search of the whole datastore may score, at least 32."""
     queries = study.settings.exact_comparisons / max(1, len(study.store(layer)))
     return max(32, int(queries / 2))
+
+
+def memory(study: Study, temperature: float, layer: str = "att") -> KNNMemory:
+    """The kNN memory (l2) that the scores are of: to be asked about other states than theirs."""
+    store = study.store(layer)
+    index = _index(study, store, "l2", "auto", None)
+    return KNNMemory(store, k=study.settings.k, temperature=temperature, index=index)
 
 
 def temperature(

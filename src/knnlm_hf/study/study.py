@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +12,7 @@ from typing import Any, Literal
 from knnlm_hf import identity
 from knnlm_hf.build import Datastore
 from knnlm_hf.capture import find
-from knnlm_hf.errors import CaptureError
+from knnlm_hf.errors import CaptureError, KNNLMError
 from knnlm_hf.study.corpora import Text, read_text
 from knnlm_hf.study.forward import (
     Evaluation,
@@ -38,6 +40,8 @@ class Study:
         tokenizer: needed where a split is text.
         train, valid, test: corpora, as for `Datastore.build`.
         folder: the workspace.
+        stores: finished datastores of this model and training text, to use instead of building
+            them again: linked into the workspace, or copied where it is on another disk.
         settings: budgets.
         show: progress bars on stderr.
     """
@@ -51,6 +55,7 @@ class Study:
         valid: Any,
         test: Any,
         folder: str | Path,
+        stores: Sequence[str | Path] = (),
         settings: Settings | None = None,
         show: bool = True,
     ) -> None:
@@ -60,6 +65,7 @@ class Study:
         self.show = show
         self._corpora = {"train": train, "valid": valid, "test": test}
         self._texts: dict[str, Text] = {}
+        self._stores = {store.layer: store.path for store in map(Datastore.open, stores)}
         self._config = model.config.get_text_config(decoder=True)
         self.window, self.stride = check_window(None, None, self._config)
 
@@ -83,9 +89,9 @@ class Study:
             )
         return self._texts[split]
 
-    def rows(self, split: Split) -> list[Window]:
+    def rows(self, split: Split, stride: int | None = None) -> list[Window]:
         """The windows of valid or test that are scored: `eval_tokens` predictions in all."""
-        everything = rows_of(self.text(split).documents, self.window, self.stride)
+        everything = rows_of(self.text(split).documents, self.window, stride or self.stride)
         return spread(everything, self.settings.eval_tokens)
 
     @cached_property
@@ -109,13 +115,16 @@ class Study:
         """Something of an experiment's own, made once; see `Workspace.keep`."""
         return self.workspace.keep(kind, name, inputs, make)
 
-    def evaluation(self, split: Split, model: Any = None, name: str = "base") -> Evaluation:
+    def evaluation(
+        self, split: Split, model: Any = None, name: str = "base", *, stride: int | None = None
+    ) -> Evaluation:
         """A split as a model sees it: log-probabilities, and the states of all `layers`.
 
         Args:
             split: valid or test.
             model: another model, on the same tokens (one that was trained further, say).
             name: of that model, for people.
+            stride: new tokens per window, other than the study's.
         """
         chosen = self.model if model is None else model
         inputs = {
@@ -123,11 +132,12 @@ class Study:
             "text": self.text(split).digest,
             "eval_tokens": self.settings.eval_tokens,
             "layers": self.layers,
+            "stride": stride or self.stride,
         }
 
         def make(path: Path) -> None:
             found = evaluate(
-                chosen, self.rows(split), self.layers,
+                chosen, self.rows(split, stride), self.layers,
                 batch_size=self.settings.batch_size, show=self.show,
             )  # fmt: skip
             save_evaluation(found, path)
@@ -141,10 +151,18 @@ class Study:
         }  # fmt: skip
 
         def make(path: Path) -> None:
-            Datastore.build(
-                self.model, self.text("train").documents, path, tokenizer=self.tokenizer,
-                layer=layer, batch_size=self.settings.batch_size, progress=self.show,
-            )  # fmt: skip
+            is_given = layer in self._stores and not path.exists()
+            if is_given:
+                shutil.copytree(self._stores[layer], path, copy_function=_link)
+            try:  # a finished store is checked against model, text and settings, and returned
+                Datastore.build(
+                    self.model, self.text("train").documents, path, tokenizer=self.tokenizer,
+                    layer=layer, batch_size=self.settings.batch_size, progress=self.show,
+                )  # fmt: skip
+            except KNNLMError:
+                if is_given:
+                    shutil.rmtree(path)
+                raise
 
         return Datastore.open(self.workspace.keep("stores", layer, inputs, make, resumes=True))
 
@@ -153,6 +171,13 @@ def model_digest(model: Any) -> str:
     """Identifies a model by a sample of its weights and its configuration."""
     facts = identity.describe(model)
     return digest([facts["config"], facts["weights"], str(model.dtype)])
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _has(model: Any, layer: str) -> bool:
