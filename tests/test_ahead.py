@@ -1,10 +1,12 @@
 """Searching while the model goes on changes nothing but the time."""
 
+import copy
 import threading
 
 import pytest
 import tiny
 import torch
+from tiny_memory import head_of
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory
 from knnlm_hf.errors import KNNLMError
@@ -27,12 +29,14 @@ class Watched(KNNMemory):
         return super().log_probs(hidden)
 
 
+@pytest.mark.parametrize("beside_a_head", [False, True])
 @pytest.mark.parametrize("layer", ["att", "final"])
-def test_the_answer_is_the_same(tmp_path, layer, monkeypatch):
+def test_the_answer_is_the_same(tmp_path, layer, beside_a_head, monkeypatch):
     model = tiny.gpt2()
     store = Datastore.build(model, tiny.corpus(), tmp_path / "s", layer=layer, progress=False)
     memory = Watched(store, k=8, temperature=5.0)
-    knn = KNNLMForCausalLM(model, memory, lmbda=0.6)
+    memories = [memory, head_of(model), copy.copy(memory)] if beside_a_head else memory
+    knn = KNNLMForCausalLM(model, memories, lmbda=0.6)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
         early = knn(IDS).logits

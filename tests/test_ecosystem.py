@@ -12,7 +12,7 @@ import architectures
 import pytest
 import tiny
 import torch
-from tiny_memory import memory_of
+from tiny_memory import KINDS, memory_of, memory_of_kind
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from knnlm_hf.build import Datastore
@@ -85,13 +85,21 @@ def test_pipeline(saved: tuple[Any, Path], by: str) -> None:
     assert not torch.equal(plain, expected)
 
 
-@pytest.mark.parametrize("by", ["folder", "object"])
+def of_kind(kind: str) -> Any:
+    """A kNN model with a head, or with a head and neighbours."""
+    model = tiny.gpt2()
+    knn = KNNLMForCausalLM(model, memory_of_kind(kind, model, "gpt2"), 0.8)
+    knn.generation_config.pad_token_id = 0
+    return knn
+
+
+@pytest.mark.parametrize("by", ["folder", "object", "head", "both"])
 def test_lm_eval(saved: tuple[Any, Path], by: str) -> None:
-    """Log-likelihoods, rolling ones and generation are the mixture's."""
+    """Log-likelihoods, rolling ones and generation are the mixture's, whatever the memory."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 
-    knn, folder = saved
+    knn, folder = (of_kind(by), Path()) if by in KINDS else saved
     if by == "folder":
         model = huggingface.HFLM(pretrained=str(folder), device="cpu", dtype="float32")
     else:
@@ -114,12 +122,13 @@ def test_lm_eval(saved: tuple[Any, Path], by: str) -> None:
     assert text.split() == tiny.tokenizer().decode(made, skip_special_tokens=True).split()
 
 
-def test_trainer_evaluate(saved: tuple[Any, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_trainer_evaluate(saved: tuple[Any, Path], tmp_path: Path, kind: str) -> None:
     """Trainer's loss is the mixture's mean negative log-likelihood."""
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments
 
-    knn, _ = saved
+    knn = saved[0] if kind == "knn" else of_kind(kind)
     rows = torch.randint(2, tiny.VOCAB, (4, 12), generator=torch.Generator().manual_seed(1))
     data = [{"input_ids": row, "labels": row} for row in rows]
     arguments = TrainingArguments(

@@ -67,6 +67,10 @@ class Ahead:
             if states is not None:
                 self._asked[id(heard)] = heard.raw, pool.submit(_ask, memory, states)
 
+    def is_asked(self, heard: Collector) -> bool:
+        """Whether the answer for these states is on its way."""
+        return id(heard) in self._asked
+
     def answer(self, heard: Collector) -> Tensor | None:
         """The log-probabilities for what was heard last, if they were asked for."""
         raw, answer = self._asked.get(id(heard), (None, None))
