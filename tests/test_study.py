@@ -218,6 +218,21 @@ class TestRun:
         assert first["versions"]["torch"] == torch.__version__
         assert first["seconds"] > 0
 
+    def test_one_that_fails_does_not_stop_the_others(self, tmp_path, monkeypatch):
+        from knnlm_hf.study.experiments import base_lm
+
+        def fail(study):
+            raise ValueError("no such luck\nand more")
+
+        monkeypatch.setattr(base_lm, "base_lm", fail)
+        names = ["base_lm", "sparsification"]
+        with pytest.raises(KNNLMError, match=r"1 of 2 experiments failed: base_lm: no such luck$"):
+            run(study(tmp_path), names)
+        monkeypatch.undo()
+        before = (tmp_path / "results" / "sparsification.json").stat().st_mtime_ns
+        assert [r["experiment"] for r in run(study(tmp_path), names)] == names
+        assert (tmp_path / "results" / "sparsification.json").stat().st_mtime_ns == before
+
     @pytest.mark.parametrize(
         "changes",
         [

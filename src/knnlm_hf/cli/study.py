@@ -80,8 +80,10 @@ def run(
         valid=load_corpus(valid, "validation", lines), test=load_corpus(test, "test", lines),
         folder=out, stores=store or (), settings=study.Settings(**settings),
     )  # fmt: skip
-    results = study.run(one, only, command=shlex.join(["knnlm", *sys.argv[1:]]))
-    page = study.report(out)
+    try:
+        results = study.run(one, only, command=shlex.join(["knnlm", *sys.argv[1:]]))
+    finally:  # also of what is finished where something failed or was interrupted
+        page = study.report(out)
     show({**{r["experiment"]: r["verdict"] for r in results}, "report": str(page)}, as_json)
 
 

@@ -74,8 +74,9 @@ def scores(
         if rows is not None:
             queries_QD, targets_Q = queries_QD[rows], targets_Q[rows]
         found = neighbours(
-            index, keys, values_N, queries_QD, targets_Q, study.settings.k, show=study.show
-        )
+            index, keys, values_N, queries_QD, targets_Q, study.settings.k,
+            device=study.model.device, show=study.show,
+        )  # fmt: skip
         save_found(found, path)
 
     name = "-".join([layer, metric, search, *([f"part{part}"] if part is not None else []), split])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Sequence
@@ -12,14 +13,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 
 import knnlm_hf
 from knnlm_hf import identity
-from knnlm_hf.errors import KNNLMError
+from knnlm_hf.errors import KNNLMError, first_line
 from knnlm_hf.study import catalogue
 from knnlm_hf.study.catalogue import Experiment
 from knnlm_hf.study.study import Study
 from knnlm_hf.study.workspace import digest, read_json, write_json
+
+_log = logging.getLogger(__name__)
 
 RESULTS = "results"
 """Folder of the results: one JSON file per experiment, and `study.json`."""
@@ -32,7 +36,8 @@ def run(
     """Run the experiments that are not finished, and return the results of all that were asked for.
 
     An experiment is finished if its result is there and was made from the same model, texts,
-    settings and code. A run that is killed goes on where it was, with all that it had made.
+    settings and code. A run that is killed goes on where it was, with all that it had made. One
+    that fails does not keep the others from running.
 
     Args:
         study: what they are run on.
@@ -40,7 +45,8 @@ def run(
         command: what the report shall say made it.
 
     Raises:
-        KNNLMError: an unknown name, or another study is running in the folder.
+        KNNLMError: an unknown name; another study is running in the folder; or, once all the
+            others are finished, what experiments failed and why.
     """
     experiments = catalogue.chosen(only)
     folder = study.workspace.folder / RESULTS
@@ -67,16 +73,25 @@ def _run_all(study: Study, experiments: list[Experiment], folder: Path) -> list[
     done = {name: result for name, result in done.items() if _is_current(result, wanted[name])}
     left = [e for e in experiments if e.name not in done]
     _plan(study, left, len(done), say)
+    failed: list[str] = []
     for number, experiment in enumerate(left, start=1):
         say(f"[bold]{number} of {len(left)}: {experiment.title}[/bold] ({experiment.name})")
-        result = _run_one(study, experiment, wanted[experiment.name])
+        try:
+            result = _run_one(study, experiment, wanted[experiment.name])
+        except Exception as error:  # whatever it is, hours of others' work shall not be lost to it
+            _log.debug("%s failed", experiment.name, exc_info=True)
+            failed.append(f"{experiment.name}: {first_line(error)}")
+            say(f"  failed: {escape(first_line(error))}")
+            continue
         write_json(folder / f"{experiment.name}.json", result)
         done[experiment.name] = result
         rest = _estimate(study, left[number:])
         say(
-            f"  {result['verdict']}: {result['sentence']}\n"
+            f"  {result['verdict']}: {escape(result['sentence'])}\n"
             f"  {result['seconds']:.0f} s; {len(left) - number} left{rest}"
         )
+    if failed:
+        raise KNNLMError(f"{len(failed)} of {len(left)} experiments failed: {'; '.join(failed)}")
     return [done[e.name] for e in experiments]
 
 

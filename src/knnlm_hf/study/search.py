@@ -49,9 +49,12 @@ def neighbours(
     targets_Q: Tensor,
     k: int,
     *,
+    device: torch.device | str = "cpu",
     show: bool = True,
 ) -> dict[str, Found]:
     """Search all queries and note which neighbours carry their target.
+
+    `device` is where exact search and rescoring compute.
 
     Returns:
         "index": mask and scores of the index. "real", where those scores are not the true ones:
@@ -68,12 +71,13 @@ def neighbours(
         total=len(queries_QD), unit="queries", show=show,
     ):  # fmt: skip
         some_QD, targets = queries_QD[start : start + step], targets_Q[start : start + step]
-        similarity_QK, ids_QK = index.search(some_QD, k)
+        some_QD = some_QD.to(device)
+        similarity_QK, ids_QK = (part.cpu() for part in index.search(some_QD, k))
         is_target_QK = values_N[ids_QK.clamp(min=0)] == targets[:, None]
         is_target_QK &= ids_QK >= 0
         found.setdefault("index", []).append((similarity_QK, is_target_QK))
         if not is_exact:
-            true_QK = rescore(some_QD, ids_QK, keys, index.metric)
+            true_QK = rescore(some_QD, ids_QK, keys, index.metric).cpu()
             true_QK, order_QK = true_QK.sort(dim=1, descending=True, stable=True)
             found.setdefault("real", []).append((true_QK, is_target_QK.gather(1, order_QK)))
     return {
