@@ -204,6 +204,15 @@ def test_one_centroid_is_the_unigram_distribution(store):
     torch.testing.assert_close(got, (counts / counts.sum()).expand(2, -1), rtol=1e-3, atol=1e-4)
 
 
+def test_a_token_that_only_a_held_out_entry_has_is_known(tmp_path):
+    once = [[token] * 2 for token in range(tiny.VOCAB)]  # every token follows once
+    store = Datastore.build(tiny.gpt2(), once, tmp_path / "s", progress=False)
+    assert len(Entries(store, 0).held_out_ids) > 0
+    head = CentroidMemory.train_on(store, clusters=4, **QUIET)
+    assert head.token_starts.diff().tolist() == [1] * tiny.VOCAB
+    assert math.isfinite(head.trained.held_out_loss)
+
+
 def test_more_clusters_than_entries(store):
     head = CentroidMemory.train_on(store, clusters=5 * len(store), iterations=2, **QUIET)
     assert head.clusters <= len(store)
