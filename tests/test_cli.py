@@ -161,9 +161,9 @@ def test_a_store_of_another_model_is_refused(home, tmp_path):
 
 
 def test_ctrl_c_leaves_a_resumable_store(home, tmp_path):
-    (tmp_path / "long.txt").write_text("\n".join(tiny.text(tiny.corpus(3000))))
+    (tmp_path / "long.txt").write_text("\n".join(tiny.text(tiny.corpus(300))))
     args = [str(home / "model"), str(tmp_path / "long.txt"), str(tmp_path / "store"), "--lines"]
-    args += ["--shard-size", "5000", "--index", "none"]
+    args += ["--shard-size", "500", "--index", "none"]
     command = [sys.executable, "-m", "knnlm_hf.cli", "build", *args]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ})
     for _ in range(600):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from knnlm_hf.cli.groups import Loading, Memories, Mixture
 from knnlm_hf.errors import CorpusError, KNNLMError, first_line
 
 
@@ -31,35 +33,56 @@ def load_model(name: str, dtype: str | None, device: str | None) -> tuple[Any, A
         return loaded, None
 
 
-def load_knn(
-    name: str,
-    store: str | None,
-    dtype: str | None,
-    device: str | None,
-    lmbda: float | None,
-    k: int | None,
-    temperature: float | None,
-    metric: str,
-    index: str,
-    rescore: bool,
-) -> tuple[Any, Any]:
-    """The kNN model of the command line: a saved one, or MODEL with STORE."""
-    from knnlm_hf import KNNLMForCausalLM, KNNMemory
+def load_knn(name: str, loading: Loading, memories: Memories, mixture: Mixture) -> tuple[Any, Any]:
+    """The kNN model of the command line, and its tokenizer: a saved one, or MODEL with memories."""
+    from knnlm_hf import KNNLMForCausalLM
 
-    model, tokenizer = load_model(name, dtype, device)
-    if store is not None:
-        memory = KNNMemory(store, 1024 if k is None else k, temperature, metric, index, rescore)
-        model = KNNLMForCausalLM(model, memory, lmbda=0.25 if lmbda is None else lmbda)
-    elif not isinstance(model, KNNLMForCausalLM):
-        raise KNNLMError(f"{name} is a plain model: name a datastore too, last")
-    else:
-        if lmbda is not None:
-            model.lmbda = lmbda
-        if k is not None:
-            model.memory.k = k
-        if temperature is not None:
-            model.memory.temperature = temperature
+    model, tokenizer = load_model(name, loading.model_dtype, loading.device)
+    lmbda: Any = mixture.lmbda or None
+    if lmbda is not None and len(lmbda) == 1:
+        (lmbda,) = lmbda
+    if memories.sources:
+        opened = [_memory(source, memories, mixture) for source in memories.sources]
+        _check_used(opened, memories, mixture)
+        return KNNLMForCausalLM(model, opened, lmbda=0.25 if lmbda is None else lmbda), tokenizer
+    if not isinstance(model, KNNLMForCausalLM):
+        raise KNNLMError(f"{name} is a plain model: name a datastore or a head too, last")
+    unused = memories.search.keys() - {"k"}
+    if unused:
+        raise KNNLMError(
+            f"{name} is a kNN model, whose memory has its own {', '.join(sorted(unused))}: name a "
+            "datastore too, last, to search it otherwise"
+        )
+    if lmbda is not None:
+        model.lmbda = lmbda
+    _check_used(model.memories, memories, mixture)
+    for memory in filter(_searches, model.memories):
+        memory.k = memory.k if memories.k is None else memories.k
+        if mixture.temperature is not None:
+            memory.temperature = mixture.temperature
     return model, tokenizer
+
+
+def _memory(source: str, memories: Memories, mixture: Mixture) -> Any:
+    from knnlm_hf import KNNMemory
+    from knnlm_hf.memory import Head, open_source
+
+    opened = open_source(source)
+    if isinstance(opened, Head):
+        return opened
+    return KNNMemory(opened, temperature=mixture.temperature, **memories.search)
+
+
+def _searches(memory: Any) -> bool:
+    return hasattr(memory, "search")
+
+
+def _check_used(opened: Iterable[Any], memories: Memories, mixture: Mixture) -> None:
+    """Refuse options of a search where no memory searches."""
+    given = memories.search | ({} if mixture.temperature is None else {"temperature": None})
+    if given and not any(map(_searches, opened)):
+        options = ", ".join(f"--{name}" for name in given)
+        raise KNNLMError(f"{options}: only for a datastore, and none of the memories is one")
 
 
 def load_corpus(name: str, split: str, lines: bool) -> Any:

@@ -14,20 +14,34 @@ Corpus = Annotated[
     ),
 ]
 Store = Annotated[str, typer.Argument(help="Folder of a datastore, or its Hub dataset id.")]
-OptionalStore = Annotated[
-    str | None, typer.Argument(help="The datastore; not needed where MODEL is a kNN model.")
+Source = Annotated[str, typer.Argument(help="Folder or Hub id of a datastore or a trained head.")]
+OptionalMemory = Annotated[
+    str | None,
+    typer.Argument(help="A datastore or trained head; not needed where MODEL is a kNN model."),
 ]
-Window = Annotated[int | None, typer.Option(help="Input tokens per window [model's context].")]
-Stride = Annotated[int | None, typer.Option(help="New tokens per window [half the window].")]
+MoreMemories = Annotated[
+    list[str] | None, typer.Option("--memory", help="A further one; repeat for several.")
+]
+Window = Annotated[
+    int | None, typer.Option(help="Input tokens per window; default: the model's context.")
+]
+Stride = Annotated[
+    int | None, typer.Option(help="New tokens per window; default: half the window.")
+]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
 Split = Annotated[str, typer.Option(help="Split of a dataset.")]
 Lines = Annotated[bool, typer.Option("--lines", help="Each line of a text file is a document.")]
 Dtype = Annotated[str | None, typer.Option("--model-dtype", help="float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, … [cuda where there is one].")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-K = Annotated[int | None, typer.Option("--k", help="Neighbours per query [1024].")]
-Temperature = Annotated[float | None, typer.Option(help="t > 0 [from the data].")]
-Lmbda = Annotated[float | None, typer.Option(help="0 <= lambda < 1 [0.25].")]
-Metric = Annotated[str, typer.Option(help="l2 or ip.")]
-Index = Annotated[str, typer.Option(help="auto, exact, or a factory string that was built.")]
+K = Annotated[int | None, typer.Option("--k", help="Neighbours per query; default: 1024.")]
+Temperature = Annotated[float | None, typer.Option(help="t > 0; default: from the data.")]
+Lmbda = Annotated[
+    list[float] | None,
+    typer.Option(help="0 <= lambda < 1, of several memories one for each; default: 0.25 in all."),
+]
+Metric = Annotated[str | None, typer.Option(help="l2 or ip; default: l2.")]
+Index = Annotated[
+    str | None, typer.Option(help="auto, exact, or a factory string that was built; default: auto.")
+]
 Rescore = Annotated[bool, typer.Option("--rescore", help="True similarities from stored keys.")]

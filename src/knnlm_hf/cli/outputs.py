@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import typer
@@ -21,6 +22,7 @@ def store_facts(store: Any) -> dict[str, Any]:
         "store": str(store.path),
         "entries": len(store),
         "documents": store.documents,
+        "removed_documents": len(store.removed_documents),
         "layer": store.layer,
         "dim": store.dim,
         "dtype": str(store.dtype).removeprefix("torch."),
@@ -30,18 +32,46 @@ def store_facts(store: Any) -> dict[str, Any]:
     }
 
 
+def head_facts(head: Any, source: str) -> dict[str, Any]:
+    """What `knnlm info` tells of a trained head."""
+    from knnlm_hf import identity
+
+    trained = head.trained
+    learned = {} if trained is None else {
+        "entries": trained.entries, "epochs": trained.epochs,
+        "held_out_loss": trained.held_out_loss,
+        "held_out_perplexity": math.exp(min(trained.held_out_loss, 700.0)),
+        "datastore": trained.store[:16],
+    }  # fmt: skip
+    return {
+        "head": source,
+        **head.settings(),
+        "parameters": sum(parameter.numel() for parameter in head.parameters()),
+        "dtype": str(head.dtype).removeprefix("torch."),
+        "model": "not recorded" if head.origin is None else identity.name(head.origin),
+        **learned,
+    }
+
+
 def show(facts: dict[str, Any], as_json: bool) -> None:
     """Print named figures."""
     if as_json:
-        # JSON has no infinity: a perplexity of ∞ is the string "inf".
-        plain = {k: str(v) if v in (float("inf"),) else v for k, v in facts.items()}
-        typer.echo(json.dumps(plain, default=str))
+        typer.echo(json.dumps(_plain(facts), default=str))
         return
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
         table.add_row(name, f"{shown:,}" if isinstance(shown, int) else str(shown))
     Console().print(table)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: a perplexity of ∞ is the string "inf"."""
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def number(value: float | None) -> str:
