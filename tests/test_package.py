@@ -15,7 +15,8 @@ SOURCE = Path(knnlm_hf.__file__).parent
 ROOMS = [
     "errors", "types", "interpolation", "progress", "parallel", "persistence", "untrusted",
     "windows", "texts", "corpus", "capture", "identity", "loading", "datastore", "index", "memory",
-    "modeling", "build", "scores", "scoring", "tuning", "sources", "demo", "study", "cli",
+    "modeling", "build", "scores", "scoring", "tuning", "sources", "inspection", "demo", "study",
+    "cli",
 ]  # fmt: skip
 
 

@@ -26,6 +26,7 @@ _HOMES = {
     "SoftTargets": "memory",
     "TokenScores": "scores",
     "distil": "memory",
+    "explanation_page": "inspection",
     "score": "scoring",
     "perplexity": "scoring",
     "tune": "tuning",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from knnlm_hf.build import Datastore as Datastore
     from knnlm_hf.errors import DatastoreError as DatastoreError
     from knnlm_hf.errors import KNNLMError as KNNLMError
+    from knnlm_hf.inspection import explanation_page as explanation_page
     from knnlm_hf.memory import CentroidMemory as CentroidMemory
     from knnlm_hf.memory import KNNMemory as KNNMemory
     from knnlm_hf.memory import Memory as Memory
