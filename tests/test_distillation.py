@@ -182,6 +182,20 @@ def test_the_neighbours_are_retrieved_once(store, monkeypatch, tmp_path):
     assert (tmp_path / "elsewhere.targets").is_dir()
 
 
+def test_removed_documents_teach_nothing(tmp_path):
+    documents = [[5, 6, 7, 6, 5, 7, 6], [8, 9, 8, 9, 8], [5, 7, 6, 5, 6, 7, 5]]
+    store = Datastore.build(tiny.gpt2(), documents, tmp_path / "s", progress=False)
+    before = SoftTargets.build(store, teacher_of(store), tmp_path / "before", progress=False)
+    store.remove([1])
+    with pytest.raises(DatastoreError, match="not the datastore to train on"):
+        distil(MultiEmbeddingHead(24, tiny.VOCAB, n=1), store, before, **FAST)
+    targets = SoftTargets.build(store, teacher_of(store, k=20), tmp_path / "t", progress=False)
+    tokens, probs = targets[torch.arange(len(store))]
+    assert set(tokens[probs > 0].tolist()) == {5, 6, 7}
+    centroids = CentroidMemory.train_on(store, clusters=3, progress=False)
+    assert centroids.token_starts.diff().nonzero()[:, 0].tolist() == [5, 6, 7]
+
+
 def test_bad_input(store, targets, tmp_path):
     head = MultiEmbeddingHead(store.dim, store.vocab_size, n=1)
     for alpha in (-0.1, 1.1, "x", True, math.nan):
