@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from knnlm_hf.errors import KNNLMError, SettingError
-from knnlm_hf.study import Settings, Study, catalogue, compare, experiments, retrieval, run
+from knnlm_hf.study import Settings, Study, catalogue, compare, experiments, parts, retrieval, run
 from knnlm_hf.study.bootstrap import blocks
 from knnlm_hf.study.catalogue import parse
 from knnlm_hf.study.forward import rows_of, spread
@@ -137,14 +137,26 @@ class TestWorkspace:
 
 class TestParts:
     def test_parts_are_disjoint_nested_and_of_the_right_sizes(self):
-        parts = cut(997, seed=3)
-        assert len(parts) == len(SIZES)
-        assert torch.cat(parts).sort().values.tolist() == list(range(997))
+        found = cut(997, seed=3)
+        assert len(found) == len(SIZES)
+        assert torch.cat(found).sort().values.tolist() == list(range(997))
         together = 0
-        for size, part in zip(SIZES, parts, strict=True):
+        for size, part in zip(SIZES, found, strict=True):
             together += len(part)
             assert together == round(size * 997)
             assert part.tolist() == sorted(part.tolist())
+
+    @pytest.mark.parametrize("limit", [0, 1 << 20], ids=["read", "copied"])
+    def test_chosen_rows_are_those_of_the_store(self, limit, monkeypatch):
+        monkeypatch.setattr(parts, "_COPIED_BYTES", limit)
+        keys = torch.randn(40, 3)
+        ids = torch.tensor([5, 7, 30])
+        chosen = parts.ChosenRows(tiny.Keys(keys), ids)
+        assert (len(chosen), chosen.dim) == (3, 3)
+        assert torch.equal(chosen[torch.tensor([[2, 0]])], keys[torch.tensor([[30, 5]])])
+        blocks_found = list(chosen.blocks(2))
+        assert [first for first, _ in blocks_found] == [0, 2]
+        assert torch.equal(torch.cat([rows for _, rows in blocks_found]), keys[ids])
 
     def test_the_best_of_two_sets_by_hand(self):
         ours = torch.tensor([[-1.0, -4.0]]), torch.tensor([[True, False]])

@@ -10,6 +10,7 @@ Shape suffixes: N entry, Q query, K neighbour.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from knnlm_hf.types import KeyRows
 SIZES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Shares of the datastore, as in the paper's figure 2."""
 _QUERIES = 4096  # merged at a time
+_COPIED_BYTES = 1 << 29
 
 
 def cut(entries: int, seed: int) -> list[Tensor]:
@@ -39,7 +41,10 @@ def cut(entries: int, seed: int) -> list[Tensor]:
 
 
 class ChosenRows:
-    """Some rows of a store's keys, read where they lie; a `KeyRows`.
+    """Some rows of a store's keys; a `KeyRows`.
+
+    They are read where they lie, or copied into memory once where they are few: searches then read
+    them in random order.
 
     Args:
         keys: all keys.
@@ -58,13 +63,19 @@ class ChosenRows:
         return len(self.ids_N)
 
     def __getitem__(self, ids: Any) -> Tensor:
-        rows: Tensor = self.keys[self.ids_N[ids]]
+        copy_ND = self._copy
+        rows: Tensor = self.keys[self.ids_N[ids]] if copy_ND is None else copy_ND[ids]
         return rows
+
+    @cached_property
+    def _copy(self) -> Tensor | None:
+        size = len(self) * self.dim * self.keys[:1].element_size()
+        return self.keys[self.ids_N] if size <= _COPIED_BYTES else None
 
     def blocks(self, size: int) -> Iterator[tuple[int, Tensor]]:
         """All rows in order as (first number, (≤ size, D))."""
         for first in range(0, len(self), size):
-            yield first, self.keys[self.ids_N[first : first + size]]
+            yield first, self[first : first + size]
 
 
 def nearest_of(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

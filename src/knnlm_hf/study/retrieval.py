@@ -1,36 +1,24 @@
-"""What a study knows of its neighbours: indexes and searches, each made once, as TokenScores.
+"""What a study knows of its neighbours: searches, each made once, as TokenScores.
 
-Shape suffixes: N entry or token, Q query, K neighbour, D dimension.
+Shape suffixes: N token, Q query, K neighbour, D dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from knnlm_hf.build import Datastore
-from knnlm_hf.errors import SearchIndexError
-from knnlm_hf.index import SearchIndex, build_index, open_index
 from knnlm_hf.memory import Evidence, KNNMemory
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.study.forward import Evaluation
-from knnlm_hf.study.parts import SIZES, ChosenRows, cut, nearest_of
-from knnlm_hf.study.search import (
-    NPROBE,
-    Found,
-    Search,
-    codes_spec,
-    load_found,
-    neighbours,
-    save_found,
-)
+from knnlm_hf.study.indexes import KeptIndex
+from knnlm_hf.study.parts import SIZES, nearest_of
+from knnlm_hf.study.search import Found, Search, load_found, neighbours, save_found
 from knnlm_hf.study.study import Split, Study
-from knnlm_hf.study.workspace import digest
-from knnlm_hf.types import KeyRows
 
 
 def scores(
@@ -60,43 +48,41 @@ def scores(
     """
     evaluation = study.evaluation(split, stride=stride)
     rows = some_rows(len(evaluation), tokens)
-    store = study.store(layer)
+    index = KeptIndex(study, study.store(layer), metric, search, part)
     inputs = {
-        "evaluation": evaluation.digest, "store": store.digest, "layer": layer, "metric": metric,
-        "search": search, "k": study.settings.k, "part": _part_inputs(study, part),
-        "tokens": None if rows is None else len(rows),
+        "evaluation": evaluation.digest, "index": index.inputs, "layer": layer,
+        "k": study.settings.k, "tokens": None if rows is None else len(rows),
     }  # fmt: skip
 
     def make(path: Path) -> None:
-        keys, values_N = _entries(study, store, part)
-        index = _index(study, store, metric, search, part)
         queries_QD, targets_Q = evaluation.states[layer], evaluation.tokens
         if rows is not None:
             queries_QD, targets_Q = queries_QD[rows], targets_Q[rows]
         found = neighbours(
-            index, keys, values_N, queries_QD, targets_Q, study.settings.k,
+            index.open(), index.keys, index.values_N, queries_QD, targets_Q, study.settings.k,
             device=study.model.device, show=study.show,
         )  # fmt: skip
         save_found(found, path)
 
-    name = "-".join([layer, metric, search, *([f"part{part}"] if part is not None else []), split])
-    path = study.keep("neighbours", name, inputs, make)
+    path = study.keep("neighbours", f"{index.name}-{split}", inputs, make)
     found = load_found(path, "real" if real else "index")
-    return table(evaluation, found, rows, temperature(study, layer, metric, search, part))
+    return table(evaluation, found, rows, index.temperature)
 
 
-def scores_by_size(study: Study, split: Split, *, layer: str = "att", metric: str = "l2") -> Any:
+def scores_by_size(
+    study: Study, split: Split, *, layer: str = "att", metric: str = "l2"
+) -> Iterator[tuple[float, TokenScores]]:
     """Yield (size, TokenScores) for every size of `parts.SIZES`: each part is searched once."""
     found: Found | None = None
+    evaluation = study.evaluation(split)
+    t = temperature(study, layer, metric, "auto", 0)
     for part, size in enumerate(SIZES):
-        one = scores(study, split, layer=layer, metric=metric, part=part)
-        (kept,) = one.memories
-        assert kept.similarity is not None
-        assert kept.is_target is not None
-        mine = kept.similarity, kept.is_target
+        (one,) = scores(study, split, layer=layer, metric=metric, part=part).memories
+        assert one.similarity is not None
+        assert one.is_target is not None
+        mine = one.similarity, one.is_target
         found = mine if found is None else nearest_of(found, mine)
-        evaluation = study.evaluation(split)
-        yield size, table(evaluation, found, None, temperature(study, layer, metric, "auto", 0))
+        yield size, table(evaluation, found, None, t)
 
 
 def table(
@@ -152,7 +138,7 @@ def exact_tokens(study: Study, layer: str = "att") -> int:
 def memory(study: Study, temperature: float, layer: str = "att") -> KNNMemory:
     """The kNN memory (l2) that the scores are of: to be asked about other states than theirs."""
     store = study.store(layer)
-    index = _index(study, store, "l2", "auto", None)
+    index = KeptIndex(study, store, "l2", "auto").open()
     return KNNMemory(store, k=study.settings.k, temperature=temperature, index=index)
 
 
@@ -160,43 +146,4 @@ def temperature(
     study: Study, layer: str, metric: str, search: Search, part: int | None = None
 ) -> float:
     """The temperature that the self-check of an index suggests."""
-    suggested = _index(study, study.store(layer), metric, search, part).temperature
-    return 1.0 if suggested is None else suggested
-
-
-def _part_inputs(study: Study, part: int | None) -> dict[str, Any] | None:
-    return None if part is None else {"seed": study.settings.seed, "part": part}
-
-
-def _entries(study: Study, store: Datastore, part: int | None) -> tuple[KeyRows, Tensor]:
-    if part is None:
-        return store.keys, store.values
-    ids_N = cut(len(store), study.settings.seed)[part]
-    return ChosenRows(store.keys, ids_N), store.values[ids_N]
-
-
-def _index(
-    study: Study, store: Datastore, metric: str, search: Search, part: int | None
-) -> SearchIndex:
-    """The index of a datastore, or of a part of it: built once."""
-    keys, values_N = _entries(study, store, part)
-    spec: str = search
-    if search == "codes":
-        spec = codes_spec(len(keys), keys.dim)
-    inputs = {
-        "store": store.digest, "metric": metric, "spec": spec, "part": _part_inputs(study, part),
-    }  # fmt: skip
-    identity = digest(inputs)
-
-    def make(path: Path) -> None:
-        build_index(
-            keys, values_N, path, spec, metric=metric, digest=identity, seed=study.settings.seed,
-            nprobe=NPROBE if search == "codes" else None, progress=study.show,
-        )  # fmt: skip
-
-    name = "-".join([store.layer, metric, search, *([f"part{part}"] if part is not None else [])])
-    path = study.keep("indexes", name, inputs, make)
-    index = open_index(keys, path, spec=spec, metric=metric, digest=identity)
-    if index is None:
-        raise SearchIndexError(f"{path} holds no index: delete it, and run the study again")
-    return index
+    return KeptIndex(study, study.store(layer), metric, search, part).temperature
