@@ -21,8 +21,8 @@ print("imported", len(sys.argv) - 2, "modules of the wheel")
 
 
 def main(wheel: str) -> None:
-    expected = {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py")}
-    expected.add("knnlm_hf/py.typed")
+    files = (path for path in SOURCE.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    expected = {str(path.relative_to(SOURCE)) for path in files}  # data files too
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         missing = expected - set(archive.namelist())
         if missing:
