@@ -4,13 +4,26 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check docs wheel clean
+.PHONY: demo test clients check docs wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/knnlm demo $(ARGS)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+
+# transformers' own model tests, from its source distribution, and quantised weights.
+clients: $(VENV)/.ready
+	rm -rf build/clients
+	$(BIN)/pip download -q --no-deps --no-binary transformers --require-hashes \
+	    -r tests/clients.txt -d build/clients
+	tar xzf build/clients/transformers-*.tar.gz -C build/clients --strip-components=1 \
+	    --wildcards '*/tests/test_*'
+	$(BIN)/pip install -q --no-deps --target build/clients/site -r tests/quantised.txt
+	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=build/clients $(BIN)/python -m pytest -q \
+	    -o addopts="--import-mode=importlib" -n 2 tests/test_upstream.py
+	OMP_NUM_THREADS=1 PYTHONPATH=build/clients/site $(BIN)/python -m pytest -q \
+	    tests/test_clients.py -k quantised
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -50,6 +50,16 @@ def test_auto_classes(saved: tuple[Any, Path]) -> None:
     assert AutoTokenizer.from_pretrained(folder)("w3 w9").input_ids == [3, 9]
 
 
+def test_the_names_that_others_call_by(saved: tuple[Any, Path]) -> None:
+    """`pretrained_model_name_or_path` by keyword; the base's loading report beside the model."""
+    knn, folder = saved
+    loaded, report = KNNLMForCausalLM.from_pretrained(
+        pretrained_model_name_or_path=folder, output_loading_info=True
+    )
+    assert torch.equal(loaded(IDS).logits, knn(IDS).logits)
+    assert not report["missing_keys"]
+
+
 def test_without_importing_knnlm_hf(saved: tuple[Any, Path]) -> None:
     """The folder's own code is enough, in a fresh process."""
     knn, folder = saved

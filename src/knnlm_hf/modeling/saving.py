@@ -95,7 +95,7 @@ class Saving:
     @classmethod
     def from_pretrained(
         cls,
-        source: str | Path,
+        pretrained_model_name_or_path: str | Path,
         *_: Any,
         base_model: Any = None,
         memory: Any = None,
@@ -107,7 +107,7 @@ class Saving:
         """Load what `save_pretrained` or `push_to_hub` saved.
 
         Args:
-            source: folder or Hub model id.
+            pretrained_model_name_or_path: folder or Hub model id.
             base_model: a model, path or id instead of the saved base.
             memory: a memory, datastore, path or id (or a list) instead of the saved one.
             lmbda: λ instead of the saved one.
@@ -125,15 +125,18 @@ class Saving:
         for name in (*names, "subfolder", "_from_auto", "adapter_kwargs", "code_revision"):
             options.pop(name, None)
         base, memory, config, generation = parts.load(
-            source, config=config, base_model=base_model, memory=memory, hub=hub,
-            base_options={name: value for name, value in options.items() if value is not None},
+            pretrained_model_name_or_path, config=config, base_model=base_model, memory=memory,
+            hub=hub, base_options={n: value for n, value in options.items() if value is not None},
         )  # fmt: skip
+        info = None
+        if isinstance(base, tuple):  # with output_loading_info=True
+            base, info = base
         share = config.lmbda if lmbda is None else lmbda
         wrapping: Any = cls.__dict__.get("_knnlm_mixin", cls)
         knn = wrapping(base, memory, share, layer=config.layer, allow_mismatch=allow_mismatch)
         if generation is not None:
             knn.generation_config = generation
-        return knn
+        return knn if info is None else (knn, info)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModelForCausalLM") -> None:
