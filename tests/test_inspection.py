@@ -262,8 +262,8 @@ def test_refuses(knn: Any, tmp_path: Path) -> None:
         explanation_page(knn, "w40")
     with pytest.raises(CorpusError, match="vocabulary"):
         explanation_page(knn, [3, 99])
-    with pytest.raises(SettingError, match="limit is 0"):
-        explanation_page(knn, TEXT, limit=0)
+    with pytest.raises(SettingError, match="limit is 1"):
+        explanation_page(knn, TEXT, limit=1)
     with pytest.raises(SettingError, match="top is 0"):
         explanation_page(knn, TEXT, top=0)
     with pytest.raises(ModelMismatchError, match="another tokenizer"):

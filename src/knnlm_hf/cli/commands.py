@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from knnlm_hf import __version__
-from knnlm_hf.cli import heads, mixing, store_edits, stores, study
+from knnlm_hf.cli import explain, heads, mixing, store_edits, stores, study
 from knnlm_hf.cli.options import Json
 from knnlm_hf.cli.outputs import show
 from knnlm_hf.errors import KNNLMError
@@ -43,7 +43,7 @@ app = typer.Typer(
     help="Nearest-neighbour language models for Hugging Face transformers.",
     pretty_exceptions_enable=False,
 )
-for part in (stores.app, store_edits.app, heads.app, mixing.app):
+for part in (stores.app, store_edits.app, heads.app, mixing.app, explain.app):
     app.add_typer(part)
 app.add_typer(study.app, name="study")
 

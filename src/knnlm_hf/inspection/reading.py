@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from knnlm_hf.corpus import documents
-from knnlm_hf.errors import KNNLMError
+from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.inspection.contexts import Contexts
 from knnlm_hf.inspection.pieces import pieces
 from knnlm_hf.modeling.explain import Explanation, Neighbour
@@ -123,7 +123,8 @@ def read(
 ) -> Reading:
     """Read a text, or its beginning; see `explanation_page` for the arguments."""
     check_count("top", top)
-    check_count("limit", limit)
+    if check_count("limit", limit) < 2:
+        raise SettingError(f"limit is {limit}, expected 2 tokens or more: the first is only read")
     if tokenizer is None:
         stores = (getattr(memory, "store", None) for memory in knn.memories)
         kept = (getattr(store, "tokenizer", None) for store in stores)
@@ -153,8 +154,8 @@ def _beginning(knn: Any, text_or_ids: Any, tokenizer: Any, limit: int) -> tuple[
     ids: list[int] = []
     for piece in documents([text_or_ids], tokenizer, vocab_size=config.vocab_size):
         ids += piece.tokens.tolist()
-        if len(ids) > max(2, limit):
-            return ids[: max(2, limit)], True
+        if len(ids) > limit:
+            return ids[:limit], True
     return ids, False
 
 
