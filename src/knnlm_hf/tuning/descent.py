@@ -109,8 +109,7 @@ class Descent:
         self, number: int, lmbdas: tuple[float, ...], ks: list[int], temperatures: Sequence[float]
     ) -> Iterator[_Found]:
         """The gain for each t and k, and the best λ there."""
-        others = 1 - lmbdas[number]
-        rest_N = self._mixed([lmbda / others for lmbda in lmbdas], without=number)
+        rest_N = self._mixed(lmbdas, without=number)
         candidates = self.candidates or []
         rest_LN = [self._mixed(candidate, without=number) for candidate in candidates]
         all_KN = knn_probabilities(self.memories[number], ks, temperatures)

@@ -26,7 +26,7 @@ _STEPS = 200
 def best_share(ratio_RN: Tensor, rest_N: Tensor) -> tuple[Tensor, Tensor]:
     """For each alternative of one memory its best λ beside a mixture, and the gain with it.
 
-    Maximises mean log((1−λ)·rest + λ·ratio); what the others have is scaled by 1−λ.
+    Maximises mean log((1−λ)·rest + λ·ratio): all that the others have is scaled by 1−λ.
 
     Args:
         ratio_RN: P of the memory over P_LM.
@@ -79,6 +79,8 @@ def best_shares(ratios: Sequence[Tensor]) -> tuple[float, ...]:
     # With P̃_i = 0.999·P_i + 0.001·P_LM in place of P_i, Σ λ_i cannot pass 0.999.
     columns = [torch.ones_like(ratios[0]), *(1 + _LARGEST_SUM * (ratio - 1) for ratio in ratios)]
     odds_NI = torch.stack(columns, dim=1).double()
+    if odds_NI.mean(0).max() <= 1:  # nothing is better than the model alone
+        return (0.0,) * len(ratios)
     weight_I = torch.full((len(columns),), 1 / len(columns), dtype=torch.float64)
     for _ in range(_STEPS):
         share_NI = odds_NI / (odds_NI @ weight_I)[:, None]
