@@ -348,6 +348,12 @@ def test_what_is_no_memory(home: Path, tmp_path: Path, monkeypatch: pytest.Monke
         as_memory(tmp_path / "empty")
     with pytest.raises(PersistenceError, match="nowhere: no such folder"):
         as_memory(tmp_path / "nowhere")
+    head_of(home, n=1).save_pretrained(tmp_path / "cut")
+    (tmp_path / "cut" / "config.json").write_text("{")
+    with pytest.raises(PersistenceError, match=r"nor a head \(.*config\.json: is damaged"):
+        as_memory(tmp_path / "cut")
+    with pytest.raises(PersistenceError, match=r"no manifest\.json.* nor a head \(.*is not the"):
+        as_memory(home / "gpt2")
     FakeHub(monkeypatch, tmp_path / "hub")
     with pytest.raises(PersistenceError, match=r"neither a datastore .* nor a head") as caught:
         as_memory("me/nothing")

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,9 @@ def filled_at_once(target: Path, last: str = "config.json") -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield folder
         files = [file for file in folder.rglob("*") if not file.is_dir()]
+        for file in files:
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
         for file in sorted(files, key=lambda file: file == folder / last):
             place = target / file.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +117,8 @@ def filled_at_once(target: Path, last: str = "config.json") -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         for parent in missing:
             if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
+                with suppress(OSError):
+                    parent.rmdir()
 
 
 def hub_origin(folder: Path) -> tuple[str | None, str | None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from knnlm_hf.errors import KNNLMError, PersistenceError
+from knnlm_hf.errors import DatastoreError, KNNLMError, PersistenceError
 
 if TYPE_CHECKING:
     from knnlm_hf.datastore import DatastoreReader
@@ -74,11 +74,15 @@ def open_source(source: str | Path) -> DatastoreReader | Head:
     from knnlm_hf.memory.head import Head
     from knnlm_hf.memory.head_files import is_head
 
-    if is_head(Path(source).expanduser()):
+    folder = Path(source).expanduser()
+    if is_head(folder):
         return Head.from_pretrained(source)
     try:
         return DatastoreReader.open(source)
-    except PersistenceError as error:
+    except (PersistenceError, DatastoreError) as error:
+        is_store = (folder / "manifest.json").is_file()
+        if is_store or (folder.is_dir() and not (folder / "config.json").is_file()):
+            raise
         try:
             return Head.from_pretrained(source)
         except PersistenceError as other:

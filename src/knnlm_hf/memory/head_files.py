@@ -193,8 +193,7 @@ def _read(cls: type[Any], folder: Path, config: dict[str, Any]) -> Any:
         _check_tensors(head.state_dict(), tensors)
         head.load_state_dict(tensors, strict=True, assign=True)
         head.trained, head.origin = _trained(config.get("trained")), config.get("origin")
-    except (KNNLMError, ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError,
-            ValueError) as error:  # fmt: skip
+    except Exception as error:  # whatever these numbers make torch or a constructor say
         raise PersistenceError(
             f"{folder}: the head cannot be loaded: {first_line(error)}"
         ) from error
