@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from architectures import V, tiny
+from packaging.version import Version
 from tiny_memory import KINDS, asked, memory_of_kind
 from torch import Tensor
 from transformers import (
@@ -173,6 +175,8 @@ def test_beams_in_a_batch(both: Any) -> None:
 
 def test_prompt_lookup(neighbours: Any) -> None:
     """Several positions are verified at once, each against the mixture."""
+    if Version(transformers.__version__) < Version("5.10"):
+        pytest.skip("prompt lookup asks for an end token there")
     _, knn = neighbours
     ids = torch.tensor([[3, 9, 27, 3, 9, 27, 3, 9]])
     knn.memory.asked.clear()

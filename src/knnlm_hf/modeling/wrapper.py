@@ -83,6 +83,8 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         ModelMismatchError: the memory was made with another model, or for another layer.
     """
 
+    config_class = KNNLMConfig  # of a saved one: the wrapper itself has its model's
+
     def __new__(
         cls,
         model: Any,
