@@ -98,9 +98,10 @@ def check_lmbdas(lmbda: Any, count: int) -> tuple[float, ...]:
         lmbda: a list or tuple of `count` numbers, or one number, which is divided equally.
         count: how many memories there are.
     """
-    if not isinstance(lmbda, list | tuple):
-        return (check_lmbda(lmbda) / count,) * count
-    lmbdas = tuple(check_lmbda(value) for value in each("lmbda", lmbda, count))
+    if isinstance(lmbda, list | tuple):
+        lmbdas = tuple(check_lmbda(value) for value in each("lmbda", lmbda, count))
+    else:
+        lmbdas = (check_lmbda(lmbda) / count,) * count
     if math.fsum(lmbdas) >= 1:
         raise SettingError(f"lmbda is {lmbda!r}, expected a sum below 1: the rest is the model's")
     return lmbdas
