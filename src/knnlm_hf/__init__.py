@@ -17,6 +17,7 @@ _HOMES = {
     "KNNLMForCausalLM": "modeling",
     "KNNLMConfig": "modeling",
     "Datastore": "build",
+    "Head": "memory",
     "KNNMemory": "memory",
     "MLPMemory": "memory",
     "Memory": "memory",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from knnlm_hf.errors import KNNLMError as KNNLMError
     from knnlm_hf.inspection import explanation_page as explanation_page
     from knnlm_hf.memory import CentroidMemory as CentroidMemory
+    from knnlm_hf.memory import Head as Head
     from knnlm_hf.memory import KNNMemory as KNNMemory
     from knnlm_hf.memory import Memory as Memory
     from knnlm_hf.memory import MixtureOfSoftmaxes as MixtureOfSoftmaxes
