@@ -19,10 +19,10 @@ _VOCABULARY, _WINDOW, _BATCH = 4096, 128, 16
 _END = "<|endoftext|>"
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: it can spell any text."""
+def train_tokenizer(texts: list[str], vocabulary: int = _VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most so many tokens: it can spell any text."""
     backend = ByteLevelBPETokenizer()
-    backend.train_from_iterator(texts, _VOCABULARY, show_progress=False, special_tokens=[_END])
+    backend.train_from_iterator(texts, vocabulary, show_progress=False, special_tokens=[_END])
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend._tokenizer, bos_token=_END, eos_token=_END, pad_token=_END
     )
