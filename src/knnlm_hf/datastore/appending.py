@@ -72,6 +72,7 @@ def merge(store: DatastoreReader, staged: DatastoreReader) -> Manifest:
 
 def clear(folder: Path, manifest: Manifest) -> None:
     """Delete what an append leaves: the staging, and shards that the manifest does not name."""
+    atomic.clear(folder)
     staging = folder / STAGING
     if staging.exists():
         os.replace(staging, atomic.temporary(staging))  # at once: half of it must not be resumed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from knnlm_hf.errors import DatastoreError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from knnlm_hf.errors import DatastoreError, first_line
 
 TEMPORARY = ".tmp"
 """Suffix of what is not finished; anything of that name may be removed by the next build."""
@@ -30,6 +35,26 @@ def write_bytes(path: Path, data: bytes) -> None:
         publish(unfinished, path)
     finally:
         discard(unfinished)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a safetensors file atomically; return its sha-256."""
+    unfinished = temporary(path)
+    try:
+        save_file(tensors, unfinished)
+        sha256 = file_sha256(unfinished)
+        settle(unfinished, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(first_line(error)) from error
+    finally:
+        discard(unfinished)
+    return sha256
+
+
+def file_sha256(path: Path) -> str:
+    """Sha-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_folder(path: Path, fill: Callable[[Path], object]) -> None:
@@ -98,13 +123,13 @@ def discard(path: Path) -> None:
 
 
 @contextmanager
-def explaining(path: Path) -> Iterator[None]:
+def explaining(path: Path, what: str = "the datastore") -> Iterator[None]:
     """Turn an OSError inside the block (disk full, read-only, …) into one clear line."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         raise DatastoreError(
-            f"{path}: cannot write the datastore: {reason}; what is finished is kept, so the same "
-            "build resumes once that is mended"
+            f"{path}: cannot write {what}: {reason}; what is finished is kept, so the same work "
+            "resumes once that is mended"
         ) from error

@@ -71,8 +71,10 @@ class StoreBuild:
                 self.writer.finish(ledger.documents)
         except KNNLMError:
             if self.began and self.writer is not None and not self.writer.manifest.shards:
-                for name in (NAME, "README.md", TOKENIZER):  # nothing there to resume
-                    atomic.remove(self.folder / name)
+                for shard in self.folder.glob("shard-*.safetensors"):  # nothing there to resume
+                    atomic.discard(shard)
+                for name in ("README.md", NAME, TOKENIZER):
+                    atomic.discard(self.folder / name)
             raise
         finally:
             if self.writer is not None:

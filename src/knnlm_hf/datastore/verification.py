@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from knnlm_hf.datastore import removal
+from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.datastore.shards import MappedShard
-from knnlm_hf.datastore.writer import file_sha256
 from knnlm_hf.errors import DatastoreError
 from knnlm_hf.progress import track
 

@@ -8,7 +8,6 @@ as the format allows, and is written last.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections import deque
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from knnlm_hf.datastore import atomic
+from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.datastore.manifest import DATA_START, Manifest, Shard
 
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -58,12 +58,6 @@ def shard_header(manifest: Manifest, rows: int, documents: int) -> bytes:
     return struct.pack("<Q", length) + text + b" " * (length - len(text))
 
 
-def file_sha256(path: Path) -> str:
-    """Sha-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class StoreWriter:
     """Appends entries to the store in `folder`, continuing after the manifest's last shard.
 
@@ -95,7 +89,7 @@ class StoreWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-            atomic.temporary(self._path).unlink(missing_ok=True)
+            atomic.discard(atomic.temporary(self._path))
 
     @property
     def _path(self) -> Path:

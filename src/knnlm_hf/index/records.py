@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from knnlm_hf.datastore import atomic
-from knnlm_hf.datastore.writer import file_sha256
+from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index import faiss_files
 from knnlm_hf.index.base import IndexInfo
@@ -74,6 +74,7 @@ def write(home: Path, filled: Any, facts: dict[str, Any]) -> IndexInfo:
     temporary = home / f"building-{uuid4().hex}.tmp"
     try:
         home.mkdir(parents=True, exist_ok=True)
+        atomic.clear(home)
         if filled is not None:
             faiss_files.write(filled, temporary)
             facts |= {"bytes": temporary.stat().st_size, "sha256": file_sha256(temporary)}

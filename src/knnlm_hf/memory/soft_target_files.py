@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from knnlm_hf.datastore import atomic
-from knnlm_hf.datastore.writer import file_sha256
 from knnlm_hf.errors import DatastoreError, first_line
 from knnlm_hf.untrusted import inside, is_count, read_json
 
@@ -78,12 +77,9 @@ def append_shard(
     dtype = torch.uint16 if manifest.vocab_size <= MOST_UINT16 else torch.int32
     path = folder / f"targets-{len(manifest.shards):05d}.safetensors"
     tensors = {"tokens": tokens_nT.to(dtype), "probs": probs_nT.half()}
-    save_file(tensors, atomic.temporary(path))
-    with atomic.temporary(path).open("rb") as written:
-        atomic.sync(written.fileno())
-    atomic.publish(atomic.temporary(path), path)
+    sha256 = atomic.write_tensors(path, tensors)
     shard = TargetShard(
-        path.name, len(kept_n), path.stat().st_size, file_sha256(path),
+        path.name, len(kept_n), path.stat().st_size, sha256,
         int((kept_n > 0).sum()), float(kept_n.double().sum()),
     )  # fmt: skip
     manifest = replace(manifest, shards=(*manifest.shards, shard))

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from knnlm_hf.datastore import DatastoreReader, Rows, atomic
+from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.datastore.folder import locked
-from knnlm_hf.datastore.writer import file_sha256
 from knnlm_hf.errors import DatastoreError
 from knnlm_hf.interpolation import knn_weights
 from knnlm_hf.memory.knn import KNNMemory

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from knnlm_hf import identity
 from knnlm_hf.corpus import documents
-from knnlm_hf.datastore.writer import file_sha256
+from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.study.workspace import Workspace
 from knnlm_hf.windows import Tokens
 
