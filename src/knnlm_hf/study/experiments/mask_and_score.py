@@ -69,7 +69,7 @@ def mask_and_score(study: Study) -> Outcome:
 
 def cost(study: Study) -> float:
     """Seconds: a product quantiser is built, and the whole datastore searched exactly."""
-    return 2 * index_seconds(study) + _modes.cost(study)
+    return 3 * index_seconds(study) + _modes.cost(study)
 
 
 def _pair(study: Study, found: dict[tuple[str, str], Measured], choice: str) -> Comparison:
