@@ -8,6 +8,7 @@ Shape suffixes: Q query (entry), D dimension.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from knnlm_hf.datastore import DatastoreReader
-from knnlm_hf.datastore.atomic import publish, temporary, write_bytes
+from knnlm_hf.datastore import DatastoreReader, atomic
+from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.errors import KNNLMError, SettingError, first_line
+from knnlm_hf.memory.schedule import cosine_rate
 from knnlm_hf.progress import bar
 from knnlm_hf.types import check_count
 
@@ -30,6 +32,7 @@ _RUN = 256  # consecutive entries that are read together
 _BUFFER_RUNS = 1024  # runs shuffled with each other: 262,144 entries
 _HELD_OUT_EVERY = 50  # of so many runs, one is held out
 _MOST_HELD_OUT = 200  # runs
+_STATE = "state.json"  # of a checkpoint
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -252,13 +255,13 @@ class _Run:
         self.epoch = self.done = self.stale = 0
         self.best_loss = math.inf
         self.best: dict[str, Tensor] = {}
-        if checkpoint is not None and (checkpoint / "state.json").is_file():
+        if checkpoint is not None and (checkpoint / _STATE).is_file():
             self._load(checkpoint)
 
     def step(self, objective: Callable[[Batch], Tensor], batch: Batch) -> float:
         """One optimizer step; return its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.lr * self._rate()
+            group["lr"] = self.recipe.lr * cosine_rate(self.done, self.steps, self.recipe.warmup)
         with self._autocast():
             loss = objective(self._here(batch))
         if not bool(loss.isfinite()):
@@ -281,7 +284,8 @@ class _Run:
             self.best_loss = loss
             self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
         if self.checkpoint is not None:
-            self._save(self.checkpoint)
+            with atomic.explaining(self.checkpoint, "the checkpoint"):
+                self._save(self.checkpoint)
 
     def finish(self, store: DatastoreReader) -> Trained:
         """Put the best weights into the head, and remove the checkpoint."""
@@ -290,17 +294,10 @@ class _Run:
                 self.parameters[name].copy_(best)
         self.head.eval()
         if self.checkpoint is not None:
-            for name in ("state.json", *(f"{self.epoch}.safetensors",)):
-                (self.checkpoint / name).unlink(missing_ok=True)
+            for name in (_STATE, f"{self.epoch}.safetensors"):
+                atomic.discard(self.checkpoint / name)
         entries, teacher = len(self.entries), self.teacher
         return Trained(self.recipe, self.epoch, self.best_loss, entries, store.digest, teacher)
-
-    def _rate(self) -> float:
-        warmup = max(1, int(self.steps * self.recipe.warmup))
-        if self.done < warmup:
-            return (self.done + 1) / warmup
-        share = (self.done - warmup) / max(1, self.steps - warmup)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
     @torch.no_grad()
     def _held_out_loss(self) -> float:
@@ -337,21 +334,24 @@ class _Run:
             for key, value in self.optimizer.state[p].items():
                 tensors[f"optimizer.{name}.{key}"] = value.detach().contiguous()
         path = folder / f"{self.epoch}.safetensors"
-        save_file(tensors, temporary(path))
-        publish(temporary(path), path)
         state = {
             **self._identity(), "epoch": self.epoch, "done": self.done,
             "stale": self.stale, "best_loss": self.best_loss, "tensors": path.name,
+            "sha256": atomic.write_tensors(path, tensors),
         }  # fmt: skip
-        write_bytes(folder / "state.json", json.dumps(state, indent=2).encode())
+        state["check"] = _checksum(state)
+        atomic.write_bytes(folder / _STATE, json.dumps(state, indent=2).encode())
         for old in folder.glob("*.safetensors"):
             if old != path:
-                old.unlink()
+                atomic.discard(old)
 
     def _load(self, folder: Path) -> None:
         try:
-            state = json.loads((folder / "state.json").read_text())
-            tensors = load_file(folder / Path(state["tensors"]).name, device=str(self.device))
+            state = json.loads((folder / _STATE).read_text())
+            path = folder / Path(state["tensors"]).name
+            if state.pop("check") != _checksum(state) or file_sha256(path) != state["sha256"]:
+                raise ValueError("a checksum is another one")
+            tensors = load_file(path, device=str(self.device))
             found = {name: state[name] for name in self._identity()}
         except Exception as error:
             raise KNNLMError(
@@ -388,3 +388,8 @@ def recipe_with(recipe: Recipe | None, changes: dict[str, Any]) -> Recipe:
         names = ", ".join(Recipe.__dataclass_fields__)
         raise SettingError(f"unknown setting {', '.join(sorted(unknown))}: a recipe has {names}")
     return replace(recipe or Recipe(), **changes)
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    """Sha-256 of a checkpoint's state, without its checksum: the same once it is read back."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
