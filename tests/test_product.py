@@ -1,0 +1,52 @@
+"""A head's product against float64, for few states and for many."""
+
+import pytest
+import torch
+
+from knnlm_hf import MultiEmbeddingHead
+from knnlm_hf.memory.product import times_rows
+
+
+def test_hand_worked_product():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0]])
+    assert times_rows(torch.tensor([[5.0, 7.0]]), rows).tolist() == [[5.0, 14.0, 22.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [0, 1, 2, 8, 9, 20])
+def test_against_float64(queries, dtype):
+    generator = torch.Generator().manual_seed(queries)
+    hidden = torch.randn(queries, 13, generator=generator).to(dtype)
+    rows = torch.randn(37, 13, generator=generator).to(dtype)
+    found = times_rows(hidden, rows)
+    assert (found.shape, found.dtype) == ((queries, 37), dtype)
+    expected = hidden.double() @ rows.double().T
+    tolerance = {"rtol": 20 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(found.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_gradients(queries):
+    """Of few states too, in float32: the state that is taken twice counts once."""
+    hidden = torch.randn(queries, 5, requires_grad=True)
+    rows = torch.randn(7, 5, requires_grad=True)
+    slope = torch.randn(queries, 7)
+    times_rows(hidden, rows).backward(slope)
+    torch.testing.assert_close(hidden.grad, slope @ rows.detach())
+    torch.testing.assert_close(rows.grad, slope.T @ hidden.detach())
+
+
+@pytest.mark.parametrize("settings", [{"n": 1}, {"n": 3}, {"rows_per_token": [1, 0, 3, 2] * 5}])
+def test_a_head_says_the_same_of_one_state_as_of_many(settings):
+    torch.manual_seed(0)
+    head = MultiEmbeddingHead(6, 20, temperature=0.7, bias=True, **settings)
+    hidden, tokens = torch.randn(30, 6), torch.arange(30) % 20
+    whole = head.log_probs(hidden)
+    single = torch.cat([head.log_probs(row[None]) for row in hidden])
+    torch.testing.assert_close(single, whole)
+    torch.testing.assert_close(
+        torch.cat(
+            [head.token_log_probs(h[None], t[None]) for h, t in zip(hidden, tokens, strict=True)]
+        ),
+        head.token_log_probs(hidden, tokens),
+    )
