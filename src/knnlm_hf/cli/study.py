@@ -57,6 +57,9 @@ def run(
     lm_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that training a model may see [its recipe].")
     ] = None,
+    most_settings: Annotated[
+        int | None, typer.Option(min=1, help="Settings of a sweep that are trained [all].")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Windows per forward.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
     lines: Lines = False,
@@ -70,7 +73,7 @@ def run(
     given = {
         "train_tokens": train_tokens, "eval_tokens": eval_tokens, "k": k, "seed": seed,
         "exact_comparisons": exact_comparisons, "head_tokens": head_tokens,
-        "lm_tokens": lm_tokens, "batch_size": batch_size,
+        "lm_tokens": lm_tokens, "most_settings": most_settings, "batch_size": batch_size,
     }  # fmt: skip
     settings: dict[str, Any] = dict(study.QUICK) if quick else {}
     settings |= {name: value for name, value in given.items() if value is not None}

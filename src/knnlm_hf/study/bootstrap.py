@@ -44,6 +44,11 @@ class Comparison:
         return self.blocks >= _FEWEST_BLOCKS and self.high < 1
 
     @property
+    def large(self) -> bool:
+        """Whether a is better by 5 % or more with 95 % confidence."""
+        return self.better and self.high < 0.95
+
+    @property
     def equal(self) -> bool:
         """Whether they differ by less than half a percent with 95 % confidence."""
         return self.blocks >= _FEWEST_BLOCKS and 0.995 < self.low <= self.high < 1.005

@@ -42,11 +42,13 @@ def mask_and_score(study: Study) -> Outcome:
     ]
     pairs = {choice: _pair(study, found, choice) for choice in choices}
     at_one = pairs["t = 1"]
+    helps = against(study, found["t fitted", MODES[2].name])
     said = "; ".join(f"{choice}: {pair}" for choice, pair in pairs.items())
     names = [mode.name for mode in MODES]
     return Outcome(
         rows=rows,
-        verdict=both(at_one.better, at_one.worse or at_one.equal),
+        # Equal modes say something only where kNN itself does.
+        verdict=both(at_one.better, at_one.worse or (at_one.equal and helps.large)),
         sentence=(
             "Perplexity with the index's mask and score as a multiple of that with the real ones: "
             f"{said}; with t fitted it is {_perplexity(found, 't fitted', 0):.2f} against "

@@ -48,7 +48,7 @@ def similarity_and_layer(study: Study) -> Outcome:
         metrics = against(study, best, found[f"{study.layers[0]}-ip"])
         sentence += f"; att against ffn {layers}, l2 against ip on att {metrics}"
         # Equal layers say something only where kNN does: from a gain of 5 %.
-        is_equal = layers.equal and helps.high < 0.95
+        is_equal = layers.equal and helps.large
         holds, fails = holds and layers.better, fails or layers.worse or is_equal
     return Outcome(
         rows=rows, verdict=both(holds, fails), sentence=sentence + ".", plots=[_plot(rows)]

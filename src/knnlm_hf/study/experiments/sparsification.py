@@ -12,9 +12,10 @@ from torch import Tensor
 from knnlm_hf.study.cost import evaluated, forward_seconds
 from knnlm_hf.study.forward import forwards
 from knnlm_hf.study.measure import Measured, against, measure
-from knnlm_hf.study.outcome import Outcome, Plot, Series, both
+from knnlm_hf.study.outcome import Outcome, Plot, Series
 from knnlm_hf.study.retrieval import with_memory
 from knnlm_hf.study.study import Split, Study
+from knnlm_hf.study.verdicts import no_gain
 
 
 def sparsification(study: Study) -> Outcome:
@@ -48,7 +49,7 @@ def sparsification(study: Study) -> Outcome:
     base = best.test.base_perplexity
     return Outcome(
         rows=rows,
-        verdict=both(gain.worse or gain.equal, gain.better and not gain.equal),
+        verdict=no_gain(gain),
         sentence=(
             f"The best on valid is the {best.name}, λ {best.tuned.lmbda:.2f}: on test "
             f"{gain} of the model alone ({base:.2f}); a gain counts from half a percent."

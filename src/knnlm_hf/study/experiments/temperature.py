@@ -77,7 +77,10 @@ def temperature(study: Study) -> Outcome:
     }
     return Outcome(
         rows=rows,
-        verdict=both(borrowed.worse and not borrowed.equal, borrowed.equal),
+        verdict=both(
+            borrowed.worse and not borrowed.equal,
+            borrowed.equal and against(study, best).large,  # else any t would be as good
+        ),
         sentence=(
             f"In units of the self-check's temperature, {scale:.3g}, the best for "
             f"{'; '.join(mode.name for mode in MODES)} are {said[WHOLE]} at 100 % and "
