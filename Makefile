@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test clients check docs wheel clean
+.PHONY: demo test clients oldest check docs wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/knnlm demo $(ARGS)
@@ -33,10 +33,22 @@ check: $(VENV)/.ready
 docs: $(VENV)/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir site
 
+# Source distribution and wheel; the wheel is then used in an environment of its own.
 wheel: $(VENV)/.ready
-	rm -rf dist
-	$(BIN)/python -m build --wheel
+	rm -rf dist build/empty
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/check_wheel.py dist/*.whl
+	$(BIN)/pip install -q --dry-run -c constraints-dev.txt "$$(ls dist/*.whl)[cpu,study,test,docs,dev]"
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/pip install -q -c constraints-dev.txt "$(TORCH)"
+	build/empty/bin/pip install -q -c constraints-dev.txt dist/*.whl
+	build/empty/bin/python -I tests/check_install.py
+	rm -rf build/empty
+
+# The core tests on the oldest versions that pyproject.toml declares.
+oldest: $(VENV)/.ready
+	$(BIN)/nox -s oldest --envdir build/nox
 
 # torch first and by version: unpinned, it brings gigabytes of CUDA libraries to a machine without.
 $(VENV)/.ready: pyproject.toml constraints-dev.txt

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm_hf.modeling import parts
+from knnlm_hf.modeling.config import KNNLMConfig
 from knnlm_hf.persistence import filled_at_once, push_folder
 
 
@@ -124,6 +125,8 @@ class Saving:
         hub = {name: options.pop(name) for name in names if options.get(name) is not None}
         for name in (*names, "subfolder", "_from_auto", "adapter_kwargs", "code_revision"):
             options.pop(name, None)
+        if options.get("dtype") is None and isinstance(config, KNNLMConfig):
+            options["dtype"] = config.dtype  # where older Auto classes put the caller's
         base, memory, config, generation = parts.load(
             pretrained_model_name_or_path, config=config, base_model=base_model, memory=memory,
             hub=hub, base_options={n: value for n, value in options.items() if value is not None},
