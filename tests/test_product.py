@@ -44,9 +44,6 @@ def test_a_head_says_the_same_of_one_state_as_of_many(settings):
     whole = head.log_probs(hidden)
     single = torch.cat([head.log_probs(row[None]) for row in hidden])
     torch.testing.assert_close(single, whole)
-    torch.testing.assert_close(
-        torch.cat(
-            [head.token_log_probs(h[None], t[None]) for h, t in zip(hidden, tokens, strict=True)]
-        ),
-        head.token_log_probs(hidden, tokens),
-    )
+    pairs = zip(hidden, tokens, strict=True)
+    one_by_one = [head.token_log_probs(state[None], token[None]) for state, token in pairs]
+    torch.testing.assert_close(torch.cat(one_by_one), head.token_log_probs(hidden, tokens))
