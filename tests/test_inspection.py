@@ -11,9 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import hostile_text
 import pytest
 import tiny
 import torch
+from hostile_text import ATTACKS, TEXT, TITLE, WORDS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -23,22 +25,10 @@ from knnlm_hf.inspection import read
 from knnlm_hf.inspection.pieces import around, pieces
 from knnlm_hf.inspection.words import level, percent, visible
 
-NASTY = [
-    "</script><script>alert(1)</script>", "<img/src=x/onerror=alert(2)>", '"><b/onclick="alert(3)',
-    "'onmouseover='alert(4)", "<!--", "-->", "]]>", "$title", "${text}", "{style}", "&lt;",
-    "\\u003c", "\u202eesrever", "\u2028", "a\rb", "c\0d", "<style>*{display:none}</style>",
-    "javascript:alert(5)",
-]  # fmt: skip
-WORDS = [*tiny.WORDS[:2], *NASTY, *tiny.WORDS[2 + len(NASTY) :]]
-ATTACKS = list(range(2, 2 + len(NASTY)))
-TEXT = [*[token for item in tiny.corpus(4, seed=5) for token in item][:110], *ATTACKS]
 
-
-def nasty_tokenizer() -> PreTrainedTokenizerFast:
-    """As `tiny.tokenizer`, but that many of its words are attacks."""
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+def seen(text: str) -> str:
+    """How the two control characters among the words are shown."""
+    return text.replace("\0", "␀").replace("\u202e", "⟨U+202E⟩")
 
 
 class Page(HTMLParser):
@@ -86,32 +76,19 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Datastore:
-    folder = tmp_path_factory.mktemp("inspection") / "store"
-    return Datastore.build(
-        tiny.gpt2(),
-        [*tiny.corpus(9), ATTACKS, ATTACKS],
-        folder,
-        tokenizer=nasty_tokenizer(),
-        progress=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def knn(store: Datastore) -> Any:
-    return KNNLMForCausalLM(tiny.gpt2(), KNNMemory(store, k=12), 0.4)
+def knn(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return hostile_text.knn(tmp_path_factory.mktemp("inspection") / "store")
 
 
 @pytest.fixture(scope="module")
 def page(knn: Any) -> str:
-    return explanation_page(knn, TEXT, title='<b>"My" & text</b>')
+    return explanation_page(knn, TEXT, title=TITLE)
 
 
 def test_every_token_stands_there_once(page: str) -> None:
     found = Page(page)
-    text = nasty_tokenizer().decode(TEXT)
-    assert found.text == text.replace("\0", "␀")
-    assert [token.replace("␀", "\0") for token in found.tokens] == [WORDS[i] for i in TEXT]
+    assert found.text == seen(hostile_text.tokenizer().decode(TEXT))
+    assert found.tokens == [seen(WORDS[i]) for i in TEXT]
     assert len(found.data["tokens"]) == len(TEXT)
     assert [facts["id"] for facts in found.data["tokens"][1:]] == TEXT[1:]
 
@@ -135,12 +112,12 @@ def test_nothing_of_a_text_is_html(page: str) -> None:
     for tag in ("html", "script", "style", "title", "table"):  # every end is an end of ours
         assert page.count(f"</{tag}>") == len([t for t, _ in found.tags if t == tag])
     assert "<" not in found.raw["script"][0]
-    assert '<b>"My" & text</b>' in found.words
+    assert TITLE in found.words
 
 
-def test_contexts_come_through_unchanged(page: str, store: Datastore, knn: Any) -> None:
+def test_contexts_come_through_unchanged(page: str, knn: Any) -> None:
     """What the script will show of a neighbour is the text around its entry."""
-    data = Page(page).data
+    data, store = Page(page).data, knn.memory.store
     shown = 0
     for facts, said in zip(data["tokens"][1:], knn.explain(TEXT, top=5), strict=False):
         near = {n.rank: n for n in said.neighbours + said.carriers}
@@ -149,9 +126,9 @@ def test_contexts_come_through_unchanged(page: str, store: Datastore, knn: Any) 
             memory, document, token, (before, word, after) = data["contexts"][place]
             entry = near[rank].entry
             assert (memory, document, token) == (0, store.document(entry), store.values[entry])
-            around_it = nasty_tokenizer().decode(store.context(entry, 14, 7))
-            assert before + word + after == around_it
-            assert word == WORDS[token]
+            around_it = hostile_text.tokenizer().decode(store.context(entry, 14, 7))
+            assert before + word + after == seen(around_it)
+            assert word == seen(WORDS[token])
             assert float(weight.split()[0].strip("<")) == pytest.approx(
                 100 * near[rank].weight, rel=6e-3, abs=1e-3
             )
@@ -234,15 +211,15 @@ def test_size_is_bounded_by_the_tokens_and_neighbours_shown(knn: Any) -> None:
 
 
 def test_text_is_what_its_ids_are(knn: Any) -> None:
-    words = [*NASTY[:9], "w40", "w41", *NASTY[2:5]]  # no \r or \0, which files lack too
+    words = [*ATTACKS[:9], "w40", "w41", *ATTACKS[2:5]]  # no \r or \0, which files lack too
     ids = [WORDS.index(word) for word in words]
-    page = explanation_page(knn, " ".join(words), nasty_tokenizer())
+    page = explanation_page(knn, " ".join(words), hostile_text.tokenizer())
     for same in (ids, torch.tensor(ids), torch.tensor([ids])):
         assert explanation_page(knn, same) == page
 
 
-def test_several_memories_and_a_subsample(knn: Any, store: Datastore, tmp_path: Path) -> None:
-    half = store.subsample(0.5, tmp_path / "half")
+def test_several_memories_and_a_subsample(knn: Any, tmp_path: Path) -> None:
+    half = knn.memory.store.subsample(0.5, tmp_path / "half")
     two = KNNLMForCausalLM(tiny.gpt2(), [knn.memory, KNNMemory(half, k=5)], [0.4, 0.2])
     data = Page(explanation_page(two, TEXT)).data
     assert data["memories"] == 2

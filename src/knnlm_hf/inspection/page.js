@@ -6,6 +6,7 @@
   const data = JSON.parse(find("data").textContent);
   const text = find("text"), panel = find("panel"), details = find("details");
   const tokens = [...text.children];
+  const beside = matchMedia("(min-width: 64rem)"); // elsewhere the panel would open over the pointer
   const phrases = {};
   for (const one of document.querySelectorAll(".legend .t")) phrases[level(one)] = one.textContent;
   let selected = null; // the token that was chosen; where there is none, the pointer shows them
@@ -95,6 +96,7 @@
     tokens[i].setAttribute("aria-selected", "true");
     selected = stop = i;
     show(i);
+    tokens[i].scrollIntoView({ block: "nearest" }); // from under the panel, on a small screen
     const facts = data.tokens[i];
     find("status").textContent = facts
       ? `model ${facts.p[0]}, memory ${facts.p[1]}, mixture ${facts.p[2]}; ${facts.n.length} neighbours`
@@ -144,14 +146,11 @@
   text.addEventListener("focusin", (event) => select(tokens.indexOf(event.target)));
   text.addEventListener("click", (event) => {
     const i = tokens.indexOf(event.target);
-    if (i < 0) return;
-    tokens[i].focus({ preventScroll: true });
-    if (selected !== i) select(i);
-    tokens[i].scrollIntoView({ block: "nearest" });
+    if (i >= 0 && selected !== i) select(i); // it had the focus already
   });
   text.addEventListener("pointerover", (event) => {
     const i = tokens.indexOf(event.target);
-    if (i >= 0 && selected === null && event.pointerType === "mouse") show(i);
+    if (i >= 0 && selected === null && event.pointerType === "mouse" && beside.matches) show(i);
   });
   text.addEventListener("keydown", (event) => {
     const i = tokens.indexOf(event.target);
@@ -159,15 +158,14 @@
     const next = target(event.key, i);
     if (next === null) return;
     event.preventDefault();
-    tokens[next].focus();
+    tokens[next].focus({ preventScroll: true });
     if (selected !== next) select(next);
-    tokens[next].scrollIntoView({ block: "nearest" });
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || panel.hidden) return;
     const back = panel.contains(document.activeElement) ? selected : null;
     close();
-    if (back !== null) { tokens[back].focus(); close(); }
+    if (back !== null) { tokens[back].focus({ preventScroll: true }); close(); }
   });
   find("close").addEventListener("click", () => {
     const back = selected;

@@ -13,7 +13,7 @@ from torch import Tensor
 from knnlm_hf.corpus import documents
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.inspection.contexts import Contexts
-from knnlm_hf.inspection.pieces import pieces
+from knnlm_hf.inspection.pieces import pieces, shown
 from knnlm_hf.modeling.explain import Explanation, Neighbour
 from knnlm_hf.scores import exp
 from knnlm_hf.types import check_count
@@ -171,7 +171,7 @@ def _token(said: Explanation, id: int, text: str, lmbdas: Sequence[float]) -> To
         memory=_together(memories, lmbdas),
         memories=memories,
         mixture=mixture,
-        guess=said.predicted_text or str(said.predicted),
+        guess=shown(said.predicted_text or str(said.predicted)),
         guess_log_prob=said.log_prob,
         neighbours=_ordered(said.neighbours + said.carriers),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 
+from knnlm_hf.inspection.pieces import shown
 from knnlm_hf.inspection.reading import Token
 
 _STEPS = 1.25, 3.0, 10.0  # how many times likelier each level begins
@@ -21,8 +22,8 @@ PHRASES = {
 
 
 def escape(text: str) -> str:
-    """Text for between tags or in a quoted attribute; a parser would change \\r and \\0."""
-    return html.escape(text).replace("\r", "&#13;").replace("\0", "␀")
+    """Text for between tags or in a quoted attribute; a parser would change a bare \\r."""
+    return html.escape(shown(text)).replace("\r", "&#13;")
 
 
 def level(ratio: float) -> str:
