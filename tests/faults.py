@@ -6,7 +6,6 @@ then it is run once for each of them, failing there.
 
 import errno
 import os
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -120,8 +119,3 @@ def damaged(data):
     for kept in (0, size // 2, size - 1):
         yield f"cut to {kept}", data[:kept]
     yield "grown", data + b"\0"
-
-
-def temporary_names():
-    """What is in the system's folder for temporary files now."""
-    return set(os.listdir(tempfile.gettempdir()))

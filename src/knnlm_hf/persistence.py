@@ -16,6 +16,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from knnlm_hf.errors import PersistenceError, first_line
 
+# What the Hub's client raises: its own errors, and those of its HTTP library, their base class.
+_HUB_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, HFValidationError, OSError)
+
 
 def local_folder(
     source: str | Path,
@@ -50,7 +53,7 @@ def local_folder(
                 allow_patterns=allow_patterns,
             )
         )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except _HUB_ERRORS as error:
         raise PersistenceError(
             f"{source}: no such folder, and not readable as a Hub {repo_type} repository: "
             f"{first_line(error)}"
@@ -69,18 +72,28 @@ def push_folder(
     create_pr: bool = False,
     ignore_patterns: list[str] | None = None,
 ) -> Any:
-    """Create the repository if need be and upload the whole folder in one commit."""
-    api = HfApi(token=token)
-    created = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-    return api.upload_folder(
-        folder_path=str(folder),
-        repo_id=created.repo_id,
-        repo_type=repo_type,
-        commit_message=commit_message,
-        revision=revision,
-        create_pr=create_pr,
-        ignore_patterns=ignore_patterns,
-    )
+    """Create the repository if need be and upload the whole folder in one commit.
+
+    Raises:
+        PersistenceError: the Hub refuses, or cannot be reached.
+    """
+    try:
+        api = HfApi(token=token)
+        created = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
+        return api.upload_folder(
+            folder_path=str(folder),
+            repo_id=created.repo_id,
+            repo_type=repo_type,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            ignore_patterns=ignore_patterns,
+        )
+    except _HUB_ERRORS as error:
+        raise PersistenceError(
+            f"{repo_id}: could not be pushed to the Hub: {first_line(error)}; nothing of it is "
+            "there, so push again once that is mended"
+        ) from error
 
 
 @contextmanager

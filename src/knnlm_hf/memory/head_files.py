@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from knnlm_hf import identity
+from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.errors import KNNLMError, PersistenceError, first_line
 from knnlm_hf.memory.head_card import head_card
 from knnlm_hf.memory.kinds import class_of
@@ -29,6 +30,7 @@ from knnlm_hf.untrusted import inside, is_count, read_json
 CONFIG, TENSORS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT = "knnlm_hf head"
 VERSION = 1
+_ALWAYS_SOUND = 1 << 20  # a setting above it is no more than the numbers there are
 
 
 class HeadFiles:
@@ -170,6 +172,7 @@ def _write(head: Any, folder: Path) -> None:
         "settings": settings,
         "parameters": parameters,
         "dtype": dtype,
+        "sha256": file_sha256(folder / TENSORS),
         "trained": None if trained is None else asdict(trained),
         "origin": head.origin,
     }
@@ -187,10 +190,15 @@ def _read(cls: type[Any], folder: Path, config: dict[str, Any]) -> Any:
         if not most:
             raise PersistenceError(f"{TENSORS} has no numbers")
         for name, value in settings.items():
-            if isinstance(value, int) and value > most:
+            if isinstance(value, int) and value > max(most, _ALWAYS_SOUND):
                 raise PersistenceError(f"{name} is {value}, its tensors have {most} numbers in all")
         head = kind._blank(settings, tensors)
         _check_tensors(head.state_dict(), tensors)
+        if config.get("sha256") not in (None, file_sha256(folder / TENSORS)):
+            raise PersistenceError(
+                f"{TENSORS} is damaged, or of another save than {CONFIG}: its checksum is another "
+                "one; copy or download it again"
+            )
         head.load_state_dict(tensors, strict=True, assign=True)
         head.trained, head.origin = _trained(config.get("trained")), config.get("origin")
     except Exception as error:  # whatever these numbers make torch or a constructor say
@@ -204,7 +212,8 @@ def _read(cls: type[Any], folder: Path, config: dict[str, Any]) -> Any:
 def _tensors(folder: Path) -> dict[str, Tensor]:
     path = inside(folder, TENSORS, PersistenceError)
     try:
-        return load_file(path)
+        # Copied: the file is a map that others may cut, and aligned as matrix products like it.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except Exception as error:  # safetensors has a class of its own, beside OSError and others
         raise PersistenceError(
             f"{path}: is damaged or cut short ({first_line(error)}): copy or download it again"
