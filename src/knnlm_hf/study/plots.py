@@ -40,7 +40,7 @@ def draw(plot: dict[str, Any], name: str) -> str:
         "axes.labelcolor": _INK, "axes.edgecolor": _INK, "legend.labelcolor": _INK,
     }  # fmt: skip
     with mpl.rc_context(options):
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.5), layout="constrained")
         axes: Any = figure.add_subplot()
         (_bars if plot["kind"] == "bar" else _lines)(axes, plot)
         if plot["level"] is not None:
@@ -52,7 +52,7 @@ def draw(plot: dict[str, Any], name: str) -> str:
         axes.grid(axis="y", color=_INK, alpha=0.12)
         axes.set_axisbelow(True)
         if len(plot["series"]) > 1:
-            axes.legend(frameon=False, fontsize=8)
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=9)
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
     return _inline(written.getvalue(), plot["title"])
