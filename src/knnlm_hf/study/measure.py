@@ -70,8 +70,8 @@ def measure(
         temperatures, ks, lmbdas: candidates, see `tuning.fit`; ks None: the k that was scored, as
             in the paper.
     """
-    if valid.k is not None and ks is None:
-        ks = [valid.k]
+    if ks is None:
+        ks = sorted({found.k for found in valid.memories if found.k is not None}) or None
     tuned = fit(valid, ks=ks, temperatures=temperatures, lmbdas=lmbdas)
     log_probs = test.log_probs(tuned.lmbda, tuned.temperature, tuned.k)
     memory = test.memory_log_probs(tuned.temperature, tuned.k)
