@@ -72,6 +72,17 @@ def test_train_head_is_train_on(made: Path) -> None:
     assert run_json("verify", made / "head")["verified"] is True
 
 
+def test_start_and_negatives(made: Path, tmp_path: Path) -> None:
+    options = ("--n", 1, "--epochs", 1, "--lr", 1e-12, "--negatives", 7)
+    run("train-head", made / "store", tmp_path / "h", *options, "--start", made / "model")
+    head = MultiEmbeddingHead.from_pretrained(tmp_path / "h")
+    rows = tiny.gpt2().get_output_embeddings().weight
+    torch.testing.assert_close(head.weight / head.weight.std(), rows / rows.std())
+    assert head.trained is not None
+    assert head.trained.recipe.negatives == 7
+    refused("model ", "train-head", made / "store", tmp_path / "i", "--start", made / "nothing")
+
+
 def test_every_kind_and_its_settings(made: Path, tmp_path: Path) -> None:
     kinds = {
         "mixture_of_softmaxes": ("--n", 2),

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from knnlm_hf.cli.inputs import load_model
 from knnlm_hf.cli.options import Device, Json, K, Store, Temperature
 from knnlm_hf.cli.outputs import head_facts, show
 from knnlm_hf.errors import KNNLMError, PersistenceError, SettingError
@@ -39,6 +40,15 @@ def train_head(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of every random choice.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of products: float32 or bfloat16.")] = None,
+    negatives: Annotated[
+        int | None, typer.Option(help="Sampled softmax: tokens drawn per step; default: all.")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="STORE's model (folder or Hub id), whose output rows the head starts at."
+        ),
+    ] = None,
     distil: Annotated[
         bool, typer.Option("--distil", help="Learn from STORE's kNN memory as well.")
     ] = False,
@@ -66,8 +76,9 @@ def train_head(
     opened = Datastore.open(store)
     given = {
         "epochs": epochs, "lr": lr, "batch_size": batch_size, "patience": patience,
-        "seed": seed, "dtype": dtype, **_own_settings(cls, n, settings or []),
-        **_teaching(opened, distil, alpha, k, temperature),
+        "seed": seed, "dtype": dtype, "negatives": negatives,
+        "start": None if start is None else load_model(start, None, None)[0],
+        **_own_settings(cls, n, settings or []), **_teaching(opened, distil, alpha, k, temperature),
     }  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     with _checkpoint(checkpoint or head.with_name(f"{head.name}.checkpoint"), resume) as folder:
