@@ -92,7 +92,8 @@ class CentroidMemory(Head):
         self.weights, self.prior, self.fine_tune = weights, prior, fine_tune
         self._finds_temperature = temperature is None
         self._may_have_moved = False
-        log_t = torch.tensor(1.0 if temperature is None else check_temperature(temperature)).log()
+        t = 1.0 if temperature is None else check_temperature(temperature)
+        log_t = torch.tensor(t, device="cpu").log()
         self.centroids = nn.Parameter(torch.zeros(clusters, hidden_size))
         self.log_mass = nn.Parameter(torch.zeros(clusters))
         self.log_weights = nn.Parameter(torch.zeros(pairs))

@@ -273,6 +273,15 @@ class Head(HeadFiles, nn.Module):
         return next(tensor for tensor in tensors if tensor.is_floating_point())
 
 
+def first_rows(count: int, hidden_size: int) -> nn.Parameter:
+    """(count, D) rows to begin with, of variance 1/D; without numbers on the meta device.
+
+    There even a multiplication would import torch's reference kernels, for seconds.
+    """
+    rows_RD = torch.empty(count, hidden_size)
+    return nn.Parameter(rows_RD if rows_RD.is_meta else rows_RD.normal_().mul_(hidden_size**-0.5))
+
+
 def exact(values: Tensor) -> Tensor:
     """In float32, or in float64 where it is that already: what sums and results are in."""
     return values if values.dtype == torch.float64 else values.float()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnlm_hf.memory.head import Head, exact
+from knnlm_hf.memory.head import Head, exact, first_rows
 from knnlm_hf.memory.head_loss import head_loss
 from knnlm_hf.types import check_count
 
@@ -42,7 +42,7 @@ class MixtureOfSoftmaxes(Head):
     ) -> None:
         super().__init__(hidden_size, vocab_size, layer)
         self.components = check_count("components", components)
-        self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) * hidden_size**-0.5)
+        self.weight = first_rows(vocab_size, hidden_size)
         self.latent = nn.Linear(hidden_size, components * hidden_size)
         self.prior = nn.Linear(hidden_size, components, bias=False)
 

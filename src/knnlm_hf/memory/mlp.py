@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from knnlm_hf.errors import SettingError
-from knnlm_hf.memory.head import Head, exact
+from knnlm_hf.memory.head import Head, exact, first_rows
 from knnlm_hf.memory.head_loss import head_loss
 from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count
@@ -76,7 +76,7 @@ class MLPMemory(Head):
             *(_Block(hidden_size, self.width, dropout) for _ in range(layers))
         )
         self.norm = nn.LayerNorm(hidden_size)
-        self.weight = nn.Parameter(torch.randn(vocab_size, hidden_size) * hidden_size**-0.5)
+        self.weight = first_rows(vocab_size, hidden_size)
 
     def settings(self) -> dict[str, Any]:
         """`kind` and the constructor's arguments, as plain data."""

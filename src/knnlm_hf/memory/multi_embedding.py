@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
-from knnlm_hf.memory.head import Head
+from knnlm_hf.memory.head import Head, first_rows
 from knnlm_hf.memory.head_loss import head_loss
 from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count, check_temperature
@@ -70,7 +70,7 @@ class MultiEmbeddingHead(Head):
         self.register_buffer("row_counts", counts_V, persistent=False)
         self._most_rows = int(counts_V.max())
         rows = len(self.row_tokens)
-        self.weight = nn.Parameter(torch.randn(rows, hidden_size) * hidden_size**-0.5)
+        self.weight = first_rows(rows, hidden_size)
         self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
         self._is_uniform = bool((counts_V == counts_V[0]).all())
 
