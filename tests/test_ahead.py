@@ -8,7 +8,7 @@ import tiny
 import torch
 from tiny_memory import head_of
 
-from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory
+from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, MultiEmbeddingHead
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.modeling import ahead
 
@@ -63,6 +63,58 @@ def test_with_gradients_and_many_tokens_it_waits(store):
     with torch.no_grad():
         knn(IDS.repeat(1, 6))
     assert set(memory.asked_by) == {threading.current_thread().name}
+
+
+class WatchedHead(MultiEmbeddingHead):
+    """Records which thread asked."""
+
+    def log_probs(self, hidden):
+        self.__dict__.setdefault("asked_by", []).append(threading.current_thread().name)
+        return super().log_probs(hidden)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("layer", ["att", "final"])
+def test_a_head_answers_ahead_too(layer, monkeypatch):
+    model = tiny.gpt2()
+    head = WatchedHead(24, tiny.VOCAB, n=2, layer=layer)
+    knn = KNNLMForCausalLM(model, head, lmbda=0.6)
+    assert not head.training  # as its model is
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        early = knn(IDS).logits
+    tokens = knn.generate(IDS, **options)
+    assert all(name.startswith("knnlm-hf") for name in head.asked_by)
+    head.asked_by.clear()
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+    with torch.no_grad():
+        torch.testing.assert_close(knn(IDS).logits, early)
+    assert torch.equal(knn.generate(IDS, **options), tokens)
+    assert set(head.asked_by) == {threading.current_thread().name}
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("why", ["training", "autocast", "gradients", "one thread"])
+def test_a_head_waits_where_another_thread_would_differ(why):
+    head = WatchedHead(24, tiny.VOCAB, n=1)
+    knn = KNNLMForCausalLM(tiny.gpt2(), head)
+    knn.train(why == "training")
+    if why == "one thread":
+        torch.set_num_threads(1)
+    with (
+        torch.set_grad_enabled(why == "gradients"),
+        torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),
+    ):
+        knn(IDS)
+    assert set(head.asked_by) == {threading.current_thread().name}
 
 
 def test_threads_are_given_back(store):

@@ -1,9 +1,10 @@
-"""Search while the model goes on: the states are there before its last layer is done.
+"""Ask while the model goes on: the states are there before its last layer is done.
 
 `att` is captured before the last feed-forward sublayer and the output layer, which for one token
-take about as long as a search. One core is left to the search, which then costs little: measured at
-batch 1 on two cores with 2.7 million entries, generation went from 0.71 to 0.87 of the speed of the
-model alone. A model's step for one token is bound by memory, so it does not miss the core.
+take about as long as a search, or as a head's product. One core is left to that, which then costs
+little: measured at batch 1 on two cores with 2.7 million entries, generation went from 0.71 to 0.87
+of the speed of the model alone. A model's step for one token is bound by memory, so it does not
+miss the core.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from knnlm_hf.capture import Collector
 from knnlm_hf.parallel import pool
@@ -26,7 +27,8 @@ class Ahead:
     """The memories' answers to one forward, each asked for as soon as its states pass by.
 
     A context manager around the forward. It acts only where the answers are sure to be the same as
-    when asked afterwards: memories that search, on the CPU, a few tokens, no gradients.
+    when asked afterwards: memories that search and heads in evaluation, on the CPU, a few tokens,
+    no gradients, no autocast (which is a thread's own).
     """
 
     def __init__(self, memories: Iterable[Any], tokens: Any) -> None:
@@ -37,23 +39,29 @@ class Ahead:
             tokens: the forward's input, (B, T) ids or (B, T, D) embeddings.
         """
         few = isinstance(tokens, Tensor) and tokens.shape[:2].numel() <= _MOST_TOKENS
-        on_cpu = few and tokens.device.type == "cpu" and not torch.is_grad_enabled()
-        self._acts = on_cpu and any(_searches(memory) for memory in memories)
+        on_cpu = few and tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        self._threads = torch.get_num_threads()
+        self._early: list[Any] = []
+        if on_cpu and not torch.is_grad_enabled():
+            self._early = [memory for memory in memories if self._can_be_early(memory)]
         self._asked: dict[int, tuple[Tensor, Future[Tensor]]] = {}
-        self._threads = 1
+
+    def _can_be_early(self, memory: Any) -> bool:
+        if isinstance(memory, nn.Module):  # its product is gained only on a second core
+            return not memory.training and self._threads > 1
+        return hasattr(memory, "search")
 
     def __enter__(self) -> Ahead:
-        if self._acts:
-            self._threads = torch.get_num_threads()
+        if self._early:
             torch.set_num_threads(max(1, self._threads - 1))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._acts:
+        if self._early:
             torch.set_num_threads(self._threads)
 
     def ask(self, memory: Any, heard: Collector, kept: Callable[[], Tensor | None]) -> None:
-        """Begin to search for what was just heard; a later pass replaces an earlier one.
+        """Begin to answer what was just heard; a later pass replaces an earlier one.
 
         Args:
             memory: one of those prepared for.
@@ -61,8 +69,8 @@ class Ahead:
             kept: gives the states of the positions that will have logits.
         """
         self._asked.pop(id(heard), None)
-        on_cpu = heard.raw is not None and heard.raw.device.type == "cpu"
-        if self._acts and _searches(memory) and heard.raw is not None and on_cpu:
+        early = any(memory is one for one in self._early)
+        if early and heard.raw is not None and heard.raw.device.type == "cpu":
             states = kept()
             if states is not None:
                 self._asked[id(heard)] = heard.raw, pool.submit(_ask, memory, states)
@@ -75,10 +83,6 @@ class Ahead:
         """The log-probabilities for what was heard last, if they were asked for."""
         raw, answer = self._asked.get(id(heard), (None, None))
         return answer.result() if answer is not None and raw is heard.raw else None
-
-
-def _searches(memory: Any) -> bool:
-    return hasattr(memory, "search")
 
 
 @torch.no_grad()

@@ -19,10 +19,14 @@ def heads(memories: Iterable[Any]) -> list[nn.Module]:
 
 
 def bring(memories: Iterable[Any], model: Any) -> None:
-    """Move heads to where `model` makes its logits, unless its weights are nowhere yet."""
+    """Move heads to where `model` makes its logits, unless its weights are nowhere yet.
+
+    They are in training or in evaluation as it is.
+    """
     weight = getattr(model.get_output_embeddings(), "weight", None)
-    if weight is not None and not weight.is_meta:
-        for head in heads(memories):
+    for head in heads(memories):
+        head.train(model.training)
+        if weight is not None and not weight.is_meta:
             head.to(weight.device)
 
 

@@ -131,7 +131,7 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
-        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # who searches has more time
+        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
         answers = [_answer(own, call, one, logits) for one in asked]
         logits = mix_distributions(logits, answers, [one.lmbda for one in asked])
     changed: dict[str, Any] = {"logits": logits}
