@@ -315,6 +315,13 @@ def test_files_missing_or_cut_short(tmp_path: Path):
         Head.from_pretrained(tmp_path / "head")
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path: Path):
+    MultiEmbeddingHead(3, 5, 1).save_pretrained(tmp_path / "head")
+    (tmp_path / "new").write_text("")
+    for file in (tmp_path / "head").iterdir():
+        assert file.stat().st_mode == (tmp_path / "new").stat().st_mode, file
+
+
 def test_another_kind_or_other_settings_are_named(tmp_path: Path):
     head_of("rows and bias").save_pretrained(tmp_path)
     with pytest.raises(PersistenceError, match="holds a MultiEmbeddingHead, expected a MLPMemory"):

@@ -121,6 +121,7 @@ def filled_at_once(target: Path, last: str = "config.json") -> Iterator[Path]:
         for file in sorted(files, key=lambda file: file == folder / last):
             place = target / file.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
+            follow_umask(file)
             os.replace(file, place)
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
@@ -132,6 +133,13 @@ def filled_at_once(target: Path, last: str = "config.json") -> Iterator[Path]:
             if parent.is_dir() and not any(parent.iterdir()):
                 with suppress(OSError):
                     parent.rmdir()
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the mode of any new one: safetensors 0.8 lets nobody but its owner read its."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def hub_origin(folder: Path) -> tuple[str | None, str | None]:

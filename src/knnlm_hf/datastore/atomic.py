@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from knnlm_hf.errors import DatastoreError, first_line
+from knnlm_hf.persistence import follow_umask
 
 TEMPORARY = ".tmp"
 """Suffix of what is not finished; anything of that name may be removed by the next build."""
@@ -42,6 +43,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     unfinished = temporary(path)
     try:
         save_file(tensors, unfinished)
+        follow_umask(unfinished)
         sha256 = file_sha256(unfinished)
         settle(unfinished, path)
     except SafetensorError as error:  # what it makes of a full disk
