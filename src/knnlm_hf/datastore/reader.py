@@ -22,6 +22,7 @@ from knnlm_hf.datastore.shards import NUMPY, MappedShard
 from knnlm_hf.datastore.verification import verify
 from knnlm_hf.errors import DatastoreError, first_line
 from knnlm_hf.persistence import local_folder, push_folder
+from knnlm_hf.untrusted import inside
 
 
 class DatastoreReader:
@@ -166,8 +167,11 @@ class DatastoreReader:
             return None
         from transformers import AutoTokenizer
 
+        for file in folder.rglob("*"):
+            if file.is_symlink() or not file.is_dir():
+                inside(folder, str(file.relative_to(folder)), DatastoreError)
         try:
-            return AutoTokenizer.from_pretrained(str(folder))
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DatastoreError(
                 f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
