@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from knnlm_hf.errors import SettingError
 from knnlm_hf.memory.head import Head, exact, first_rows
 from knnlm_hf.memory.head_loss import head_loss
+from knnlm_hf.memory.product import times_rows
 from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count
 
@@ -126,7 +127,7 @@ class MLPMemory(Head):
 
     def _logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, V), float32 (float64 for float64 weights)."""
-        return exact(self._states(hidden_QD) @ self.weight.T)
+        return exact(times_rows(self._states(hidden_QD), self.weight))
 
 
 class _Block(nn.Module):

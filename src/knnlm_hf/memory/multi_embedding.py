@@ -19,6 +19,7 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head import Head, first_rows
 from knnlm_hf.memory.head_loss import head_loss
+from knnlm_hf.memory.product import times_rows
 from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count, check_temperature
 
@@ -139,7 +140,7 @@ class MultiEmbeddingHead(Head):
     def _logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, R), float32 (float64 for float64 weights)."""
         exact = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        logits_QR = (hidden_QD @ self.weight.T).to(exact) / self.temperature
+        logits_QR = times_rows(hidden_QD, self.weight).to(exact) / self.temperature
         return logits_QR if self.bias is None else logits_QR + self.bias
 
     def _log_probs(self, hidden_QD: Tensor) -> Tensor:
