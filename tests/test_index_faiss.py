@@ -283,3 +283,10 @@ def test_without_faiss(tmp_path, monkeypatch):
     assert build(tmp_path, keys, "exact").search(keys[:1].float(), 1)[1].tolist() == [[0]]
     with pytest.raises(SearchIndexError, match=r"knnlm-hf\[cpu\].*knnlm-hf\[gpu\]"):
         build(tmp_path, keys, "Flat")
+
+
+def test_ids_that_are_no_entries(tmp_path):
+    own = faiss.index_factory(4, "IDMap,Flat")
+    own.add_with_ids(np.eye(4, dtype=np.float32), np.array([0, 1, 2, 10**12]))
+    with pytest.raises(SearchIndexError, match=r"names entry 1000000000000, it holds 4"):
+        FaissIndex(own).search(torch.eye(4), 2)

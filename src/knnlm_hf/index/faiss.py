@@ -115,6 +115,11 @@ class FaissIndex(SearchIndex):
         distance_QK, ids_QK = map(
             torch.from_numpy, self.index.search(queries_QD.cpu().numpy(), found)
         )
+        if int(ids_QK.max()) >= len(self):
+            raise SearchIndexError(
+                f"the FAISS index names entry {int(ids_QK.max())}, it holds {len(self)}: it is "
+                "damaged, or its ids are not the entries' numbers: build it anew"
+            )
         if self.keys is None:
             similarity_QK = distance_QK if self.metric == "ip" else distance_QK.neg_().clamp_(max=0)
             similarity_QK = similarity_QK.masked_fill_(ids_QK < 0, -torch.inf)

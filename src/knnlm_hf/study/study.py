@@ -164,7 +164,13 @@ class Study:
                     shutil.rmtree(path)
                 raise
 
-        return Datastore.open(self.workspace.keep("stores", layer, inputs, make, resumes=True))
+        store = Datastore.open(self.workspace.keep("stores", layer, inputs, make, resumes=True))
+        if store.removed is not None:
+            raise KNNLMError(
+                f"{store.path}: {len(store.removed_documents)} documents are removed, but they are "
+                "in the training text of the study: leave them out of it, and of the store"
+            )
+        return store
 
 
 def model_digest(model: Any) -> str:
