@@ -1,6 +1,6 @@
 """Pages of documentation, run as they are printed.
 
-The fenced blocks of a page are taken in order, in one folder and one namespace:
+The fenced blocks of a page that has Python are taken in order, in one folder and one namespace:
 
     ```python   is executed
     ```bash     its `knnlm …` lines go to the command line; its other lines are for people

@@ -5,19 +5,34 @@ A folder named `gpt2` in the current directory is what `from_pretrained("gpt2")`
 
 from __future__ import annotations
 
+import os
 import sysconfig
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from filelock import FileLock
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from knnlm_hf.demo.texts import _of_module
 
-_MODULES = "argparse difflib typing statistics random shutil tarfile datetime".split()
+_MODULES = ("argparse", "difflib", "typing", "statistics", "random", "tarfile", "datetime")
 _VOCABULARY, _WINDOW, _BATCH, _STEPS = 1024, 64, 8, 150
 _END = "<|endoftext|>"
+
+
+def shared(factory: pytest.TempPathFactory) -> Path:
+    """The stand-in's folder, made once for all workers of a test run."""
+    home = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        home = home.parent  # each worker has a folder of its own in it
+    with FileLock(home / "standin.lock"):
+        if not (home / "standin").is_dir():
+            save(home / "making")
+            (home / "making").rename(home / "standin")
+    return home / "standin"
 
 
 def save(folder: Path) -> None:

@@ -17,16 +17,8 @@ SOURCE = Path(knnlm_hf.__file__).parent
 RUNNABLE = sorted(
     path.relative_to(pages.DOCS).as_posix()
     for path in pages.DOCS.rglob("*.md")
-    if any(block.language in ("python", "bash") for block in pages.blocks(path))
+    if any(block.language == "python" for block in pages.blocks(path))
 )
-
-
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stand-in, trained once."""
-    folder = tmp_path_factory.mktemp("standin") / "gpt2"
-    standin.save(folder)
-    return folder
 
 
 def test_numbers_and_ellipses_of_expected_output() -> None:
@@ -39,13 +31,15 @@ def test_numbers_and_ellipses_of_expected_output() -> None:
     assert not pages.matches("True", "False")
 
 
-@pytest.mark.xdist_group("docs")
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_the_page_runs(
-    name: str, gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("gpt2").symlink_to(gpt2)
+    Path("gpt2").symlink_to(standin.shared(tmp_path_factory))
     FakeHub(monkeypatch, tmp_path / "hub")
     assert pages.run(pages.DOCS / name)
 

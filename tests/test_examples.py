@@ -17,9 +17,7 @@ NOTEBOOKS = sorted(path.name for path in EXAMPLES.glob("*.ipynb"))
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("examples") / "gpt2"
-    standin.save(folder)
-    return folder
+    return standin.shared(tmp_path_factory)
 
 
 @pytest.mark.parametrize(
