@@ -25,7 +25,7 @@ from knnlm_hf.study.study import Split, Study
 from knnlm_hf.study.workspace import read_json, write_json
 
 _STEPS = 250  # of a small budget, by which its batches are sized
-_MEASURED = 100_000  # tokens trained on whose loss is measured afterwards
+_MEASURED = 100_000  # tokens, at most, whose loss is measured while training and afterwards
 _CONVERGED = 1.1
 """A fresh model whose perplexity is at most so many times the base's had its chance."""
 
@@ -92,7 +92,7 @@ def trained(
     """A language model, trained once; a killed training continues.
 
     Args:
-        study: whose validation text stops it, where the recipe has patience.
+        study: whose validation text (its beginning) stops it, where the recipe has patience.
         name: for people.
         start: makes the model with its initial weights.
         recipe: how, see `budget`.
@@ -100,15 +100,16 @@ def trained(
         inputs: plain data, all else that it depends on: the seed of its weights, its loss.
         loss: makes what it is trained on in place of the next token.
     """
+    held = min(_MEASURED, study.settings.eval_tokens or _MEASURED)
     everything = (inputs or {}) | {
         "model": study.model_digest, "text": study.text("train").digest, "name": name,
         "tokens": len(tokens_N), "recipe": asdict(recipe), "window": study.window,
-        "valid": None if recipe.patience is None else study.text("valid").digest,
+        "valid": None if recipe.patience is None else [study.text("valid").digest, held],
     }  # fmt: skip
 
     def make(folder: Path) -> None:
         model = start()
-        valid_N = None if recipe.patience is None else stream(study.text("valid").documents)
+        valid_N = None if recipe.patience is None else stream(study.text("valid").documents)[:held]
         train_lm(
             model, tokens_N, valid_N, recipe, window=study.window,
             loss=next_token_loss if loss is None else loss(),

@@ -45,7 +45,7 @@ def number_of_embeddings(study: Study) -> Outcome:
         verdict=no_gain(gain, fair=not heads.is_cut(study) and numbers == NUMBERS),
         sentence=(
             f"On {layer} one embedding per word takes the perplexity from {base:.2f} to "
-            f"{one.perplexity:.2f}; of {numbers[1]} to {numbers[-1]}, the best on valid "
+            f"{one.perplexity:.2f}; of n up to {numbers[-1]}, the best on valid "
             f"({best.name}) gives {best.perplexity:.2f}, {gain} of that with one; a gain counts "
             f"from half a percent; {heads.said_of(study)}."
         ),
