@@ -37,8 +37,8 @@ def total(request):
     enable_progress_bar()
     shown = ", ".join(f"{name} {count}" for name, count in TRIED.items())
     line = f"{sum(TRIED.values()):,} faults tried: {shown}"
-    reporter = request.config.pluginmanager.getplugin("terminalreporter")  # none under xdist
-    (reporter.write_line if reporter else print)(f"\n{line}")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n{line}")
 
 
 def build(path):
