@@ -131,7 +131,8 @@ def mixture_of(logits: Tensor, parts: list[tuple[Tensor, Any, float]]) -> Array:
     lm = np.exp(log_softmax(logits.double().numpy()))
     mixed = (1 - sum(lmbda for _, _, lmbda in parts)) * lm
     for states, memory, lmbda in parts:
-        mixed = mixed + lmbda * memory_probs(states, memory, logits.shape[-1])
+        probs = memory_probs(states, memory, logits.shape[-1])
+        mixed = mixed + lmbda * probs.reshape(lm.shape)  # OPT captures (B·T, D)
     return np.log(mixed)
 
 

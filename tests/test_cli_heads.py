@@ -268,7 +268,7 @@ def test_resume(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_ctrl_c_and_again(made: Path, tmp_path: Path) -> None:
     args = [str(made / "store"), str(tmp_path / "head"), "--n", "1", "--lr", "0.03"]
-    args += ["--epochs", "2000", "--patience", "2000"]
+    args += ["--epochs", "100000", "--patience", "100000"]
     command = [sys.executable, "-m", "knnlm_hf.cli", "train-head", *args]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ})
     state = tmp_path / "head.checkpoint" / "state.json"

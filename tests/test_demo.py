@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -50,19 +49,6 @@ def test_a_model_and_a_corpus_of_one_s_own(tmp_path):
     (tmp_path / "short.txt").write_text("one line")
     with pytest.raises(CorpusError, match="lines"):
         run(tmp_path, model=str(tmp_path / "model"), corpus=str(tmp_path / "short.txt"), quiet=True)
-
-
-def test_remove_a_source(tmp_path):
-    model, tokenizer = tiny.gpt2(), tiny.tokenizer()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    Datastore.build(model, tiny.corpus(), tmp_path / "store", tokenizer=tokenizer, progress=False)
-    script = [sys.executable, EXAMPLES / "remove_a_source.py"]
-    printed = subprocess.check_output(
-        [*script, tmp_path / "model", tmp_path / "store", "w5 w6 w7"], text=True
-    )
-    assert "document" in printed
-    assert "without" in printed
 
 
 def train_base_lm(monkeypatch, *arguments):

@@ -14,7 +14,16 @@ import tiny
 import torch
 
 from knnlm_hf.errors import KNNLMError, SettingError
-from knnlm_hf.study import Settings, Study, catalogue, compare, experiments, parts, retrieval, run
+from knnlm_hf.study import (
+    Settings,
+    Study,
+    all_experiments,
+    catalogue,
+    compare,
+    parts,
+    retrieval,
+    run,
+)
 from knnlm_hf.study.bootstrap import blocks
 from knnlm_hf.study.catalogue import parse
 from knnlm_hf.study.forward import rows_of, spread
@@ -193,7 +202,7 @@ def test_spread_rows_by_hand():
 
 class TestCatalogue:
     def test_every_experiment_is_described_and_runs_a_function_of_its_name(self):
-        found = experiments()
+        found = all_experiments()
         assert [e.row for e in found] == sorted(e.row for e in found)
         for experiment in found:
             assert callable(experiment.function())

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from knnlm_hf.cli import app
 from knnlm_hf.errors import KNNLMError
-from knnlm_hf.study import Outcome, Plot, Series, experiments, report
+from knnlm_hf.study import Outcome, Plot, Series, all_experiments, report
 from knnlm_hf.study.outcome import FAILS, HOLDS, UNDECIDED, both
 from knnlm_hf.study.plots import alone, draw
 from knnlm_hf.study.tables import cell, table
@@ -175,7 +175,7 @@ class TestCommand:
     def test_list_names_every_experiment(self):
         done = CliRunner().invoke(app, ["study", "list", "--json"])
         assert done.exit_code == 0
-        assert list(json.loads(done.stdout)) == [e.name for e in experiments()]
+        assert list(json.loads(done.stdout)) == [e.name for e in all_experiments()]
 
     def test_run_and_report(self, tmp_path):
         model = tmp_path / "model"

@@ -93,9 +93,9 @@ def run(
 @app.command("list")
 def list_experiments(as_json: Json = False) -> None:
     """The experiments, in the order of the paper's rows."""
-    from knnlm_hf.study import experiments
+    from knnlm_hf.study import all_experiments
 
-    facts = {e.name: f"{e.row}. {e.title}: {e.finding}" for e in experiments()}
+    facts = {e.name: f"{e.row}. {e.title}: {e.finding}" for e in all_experiments()}
     show(facts, as_json)
 
 

@@ -43,7 +43,7 @@ and, if it takes long, `cost(study)`: seconds on two cores. Nothing is registere
 from __future__ import annotations
 
 from knnlm_hf.study.bootstrap import Comparison, compare
-from knnlm_hf.study.catalogue import Experiment, experiments
+from knnlm_hf.study.catalogue import Experiment, all_experiments
 from knnlm_hf.study.measure import Measured, against, measure
 from knnlm_hf.study.outcome import Outcome, Plot, Series
 from knnlm_hf.study.report import report
@@ -62,8 +62,8 @@ __all__ = [
     "Settings",
     "Study",
     "against",
+    "all_experiments",
     "compare",
-    "experiments",
     "measure",
     "report",
     "run",

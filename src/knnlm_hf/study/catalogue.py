@@ -55,7 +55,7 @@ class Experiment:
 
 
 @cache
-def experiments() -> tuple[Experiment, ...]:
+def all_experiments() -> tuple[Experiment, ...]:
     """All experiments, in the order of the paper's rows."""
     found = [_read(path) for path in FOLDER.glob("*.py") if not path.stem.startswith("_")]
     return tuple(sorted(found, key=lambda experiment: (experiment.row, experiment.name)))
@@ -67,7 +67,7 @@ def chosen(names: Sequence[str] | None) -> list[Experiment]:
     Raises:
         KNNLMError: there is no experiment of a name.
     """
-    known = {experiment.name: experiment for experiment in experiments()}
+    known = {experiment.name: experiment for experiment in all_experiments()}
     for name in names or ():
         if name not in known:
             raise KNNLMError(f"no experiment {name!r}: choose among {', '.join(known)}")

@@ -9,7 +9,7 @@ from typing import Any
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.persistence import filled_at_once
 from knnlm_hf.study import plots
-from knnlm_hf.study.catalogue import experiments
+from knnlm_hf.study.catalogue import all_experiments
 from knnlm_hf.study.runner import RESULTS
 from knnlm_hf.study.tables import cell, table
 from knnlm_hf.study.workspace import read_json
@@ -44,7 +44,7 @@ def report(folder: str | Path) -> Path:
         KNNLMError: there are no results.
     """
     folder = Path(folder).expanduser()
-    results = [read_json(folder / RESULTS / f"{e.name}.json") for e in experiments()]
+    results = [read_json(folder / RESULTS / f"{e.name}.json") for e in all_experiments()]
     results = [result for result in results if result is not None]
     facts = read_json(folder / RESULTS / "study.json")
     if not results or facts is None:
