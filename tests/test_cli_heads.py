@@ -270,7 +270,10 @@ def test_ctrl_c_and_again(made: Path, tmp_path: Path) -> None:
     args = [str(made / "store"), str(tmp_path / "head"), "--n", "1", "--lr", "0.03"]
     args += ["--epochs", "100000", "--patience", "100000"]
     command = [sys.executable, "-m", "knnlm_hf.cli", "train-head", *args]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ})
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job's may ignore it
+    )  # fmt: skip
     state = tmp_path / "head.checkpoint" / "state.json"
     for _ in range(600):
         if state.is_file() or process.poll() is not None:
