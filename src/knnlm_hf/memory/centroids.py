@@ -31,7 +31,7 @@ from knnlm_hf.memory.soft_counts import (
     is_table,
     log_sums,
 )
-from knnlm_hf.memory.training import Entries, Recipe, Trained, train
+from knnlm_hf.memory.training import Entries, Recipe, Trained, held_out_loss, train
 from knnlm_hf.types import check_count, check_temperature
 
 _CHUNK = 1 << 22  # queries × targets × centroids at a time, in training
@@ -221,12 +221,8 @@ class CentroidMemory(Head):
             self._find_temperature(entries, found.spread)
         if self.fine_tune:
             return train(self, store, recipe, **options)
-        loss, count = 0.0, 0
-        with torch.no_grad():
-            for keys_QD, tokens_Q, _ in entries.held_out(recipe.batch_size):
-                loss += float(self(keys_QD, tokens_Q)) * len(tokens_Q)
-                count += len(tokens_Q)
-        return Trained(recipe, 0, loss / count, len(entries), store.digest)
+        loss = held_out_loss(self, entries, recipe.batch_size)
+        return Trained(recipe, 0, loss, len(entries), store.digest)
 
     def _take(self, found: Compressed) -> None:
         """Become what was found."""

@@ -218,13 +218,13 @@ def train(
 @contextmanager
 def _sampling(head: nn.Module, negatives: int | None) -> Iterator[None]:
     """Inside the block the head's training loss takes in so many other tokens."""
-    if negatives is not None and not hasattr(head, "negatives"):
-        raise SettingError(
-            f"a {type(head).__name__} has no sampled loss: leave negatives out (found {negatives})"
-        )
     if negatives is None:
         yield
         return
+    if not hasattr(head, "negatives"):
+        raise SettingError(
+            f"a {type(head).__name__} has no sampled loss: leave negatives out (found {negatives})"
+        )
     with_negatives: Any = head
     with_negatives.negatives = negatives
     try:
@@ -278,7 +278,7 @@ class _Run:
     def end_epoch(self) -> None:
         """Measure on the held-out entries, keep the best weights, write the checkpoint."""
         self.epoch += 1
-        loss = self._held_out_loss()
+        loss = held_out_loss(self.head, self.entries, self.recipe.batch_size)
         self.stale = 0 if loss < self.best_loss else self.stale + 1
         if loss < self.best_loss:
             self.best_loss = loss
@@ -298,16 +298,6 @@ class _Run:
                 atomic.discard(self.checkpoint / name)
         entries, teacher = len(self.entries), self.teacher
         return Trained(self.recipe, self.epoch, self.best_loss, entries, store.digest, teacher)
-
-    @torch.no_grad()
-    def _held_out_loss(self) -> float:
-        self.head.eval()
-        total, count = 0.0, 0
-        for batch in self.entries.held_out(self.recipe.batch_size):
-            keys_QD, tokens_Q, _ = self._here(batch)
-            loss = self.head(keys_QD, tokens_Q)
-            total, count = total + float(loss) * len(tokens_Q), count + len(tokens_Q)
-        return total / count
 
     def _here(self, batch: Batch) -> Batch:
         return Batch(batch.keys.to(self.device), batch.tokens.to(self.device), batch.ids)
@@ -375,6 +365,18 @@ class _Run:
                     for key, value in tensors.items()
                     if key.startswith(f"optimizer.{name}.")
                 }
+
+
+@torch.no_grad()
+def held_out_loss(head: nn.Module, entries: Entries, batch_size: int) -> float:
+    """Mean loss of the head on the entries held out, in nats; leaves it in evaluation mode."""
+    head.eval()
+    device = next(head.parameters()).device
+    total, count = 0.0, 0
+    for keys_QD, tokens_Q, _ in entries.held_out(batch_size):
+        loss = float(head(keys_QD.to(device), tokens_Q.to(device)))
+        total, count = total + loss * len(tokens_Q), count + len(tokens_Q)
+    return total / count
 
 
 def recipe_with(recipe: Recipe | None, changes: dict[str, Any]) -> Recipe:

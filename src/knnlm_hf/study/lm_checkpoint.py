@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from knnlm_hf.datastore.atomic import discard, settle, temporary, write_bytes
+from knnlm_hf.datastore.atomic import discard, write_bytes, write_tensors
 from knnlm_hf.errors import KNNLMError, first_line
 
 _STATE = "state.json"
@@ -53,8 +53,7 @@ def save_progress(
         for key, value in optimizer.state[p].items():
             tensors[f"optimizer.{name}.{key}"] = value.detach().contiguous()
     path = folder / f"{progress.step}.safetensors"
-    save_file(tensors, temporary(path))
-    settle(temporary(path), path)
+    write_tensors(path, tensors)
     state = {"identity": identity, "progress": asdict(progress), "tensors": path.name}
     write_bytes(folder / _STATE, json.dumps(state, indent=1).encode())
     for old in folder.glob("*.safetensors"):
