@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from knnlm_hf import Datastore, MixtureOfSoftmaxes, MLPMemory, MultiEmbeddingHead
+from knnlm_hf import CentroidMemory, Datastore, MixtureOfSoftmaxes, MLPMemory, MultiEmbeddingHead
 from knnlm_hf.errors import ModelMismatchError, SettingError
 from knnlm_hf.memory.sampled_loss import sampled_loss, taken_in
 
@@ -45,6 +45,46 @@ def test_with_all_tokens_drawn_it_is_the_exact_loss(rows, bias):
         torch.testing.assert_close(ours, exact)
 
 
+@pytest.mark.parametrize("make", [MixtureOfSoftmaxes, MLPMemory])
+def test_other_heads_too_have_the_exact_loss_with_all_tokens_drawn(make):
+    torch.manual_seed(0)
+    head = make(5, 7).train()
+    hidden, tokens = torch.randn(9, 5), torch.randint(7, (9, 2))
+    weights = torch.rand(9, 2)
+    results = []
+    for negatives in (None, 7):
+        head.negatives = negatives
+        head.zero_grad()
+        loss = head(hidden, tokens, weights)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in head.parameters())])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_a_sampled_mixture_of_softmaxes_by_its_definition():
+    torch.manual_seed(0)
+    head = MixtureOfSoftmaxes(5, 40, components=3).double().train()
+    head.negatives = 6
+    hidden, tokens = torch.randn(8, 5, dtype=torch.float64), torch.randint(40, (8,))
+    torch.manual_seed(1)
+    loss = head(hidden, tokens)
+    ours = torch.autograd.grad(loss, list(head.parameters()))
+    torch.manual_seed(1)
+    taken, log_counts = taken_in(tokens[:, None], 40, 6)
+    assert len(taken) < 16
+    total = torch.zeros((), dtype=torch.float64)
+    for state, token in zip(hidden, tokens, strict=True):
+        prior = (head.prior.weight @ state).softmax(0)
+        parts = torch.tanh(head.latent.weight @ state + head.latent.bias).view(3, 5)
+        weighted = (parts @ head.weight[taken].T + log_counts).exp()
+        own = (parts @ head.weight[token]).exp() / weighted.sum(1)
+        total = total - (prior * own).sum().log() / len(hidden)
+    torch.testing.assert_close(loss, total)
+    reference = torch.autograd.grad(total, list(head.parameters()))
+    torch.testing.assert_close(ours, reference)
+
+
 def test_the_denominator_is_right_on_average():
     torch.manual_seed(0)
     hidden, rows = torch.randn(1, 4, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
@@ -67,7 +107,7 @@ def store(tmp_path_factory):
     return Datastore.build(tiny.gpt2(), tiny.corpus(60), path, progress=False)
 
 
-@pytest.mark.parametrize("kind", [MultiEmbeddingHead, MLPMemory])
+@pytest.mark.parametrize("kind", [MultiEmbeddingHead, MLPMemory, MixtureOfSoftmaxes])
 def test_a_head_learns_from_few_negatives(kind, store):
     options = {"lr": 0.05, "batch_size": 64, "patience": 9, "progress": False}
     before = kind.train_on(store, epochs=1, **options | {"lr": 1e-9})
@@ -97,8 +137,8 @@ def test_a_head_starts_at_the_models_rows(store):
 def test_bad_input(store):
     with pytest.raises(SettingError, match="negatives is 0"):
         MultiEmbeddingHead.train_on(store, negatives=0)
-    with pytest.raises(SettingError, match="MixtureOfSoftmaxes has no sampled loss"):
-        MixtureOfSoftmaxes.train_on(store, negatives=3, progress=False)
+    with pytest.raises(SettingError, match="CentroidMemory has no sampled loss"):
+        CentroidMemory.train_on(store, clusters=4, fine_tune=True, negatives=3, progress=False)
     with pytest.raises(SettingError, match="'mixture_of_softmaxes' cannot start from a model"):
         MixtureOfSoftmaxes.train_on(store, start=tiny.gpt2(), progress=False)
     with pytest.raises(ModelMismatchError):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from knnlm_hf.memory.head import Head, exact, first_rows
 from knnlm_hf.memory.head_loss import head_loss
+from knnlm_hf.memory.sampled_loss import sampled_rows
 from knnlm_hf.types import check_count
 
 
@@ -36,6 +37,8 @@ class MixtureOfSoftmaxes(Head):
     """
 
     kind = "mixture_of_softmaxes"
+    negatives: int | None = None
+    """Tokens drawn for a training step's denominators, see `sampled_loss`; None: all."""
 
     def __init__(
         self, hidden_size: int, vocab_size: int, components: int = 3, layer: str = "att"
@@ -64,8 +67,12 @@ class MixtureOfSoftmaxes(Head):
         """
         tokens_QT = self._targets(tokens, weights, hidden)
         states_QKD, log_prior_QK = self._components(self._flat(hidden))
+        rows_rD, bias_r, rows_QT1 = sampled_rows(
+            self.weight, None, lambda tokens: tokens[..., None], tokens_QT,
+            vocab_size=self.vocab_size, negatives=self.negatives if self.training else None,
+        )  # fmt: skip
         with torch.no_grad():
-            own_QKT = self._own_log_probs(states_QKD, tokens_QT)
+            own_QKT = self._own_log_probs(states_QKD, rows_rD, bias_r, rows_QT1[..., 0])
             joint_QKT = log_prior_QK[:, :, None] + own_QKT
             log_p_Q1T = joint_QKT.logsumexp(1, keepdim=True)
             share_QKT = (joint_QKT - log_p_Q1T).exp()
@@ -76,9 +83,9 @@ class MixtureOfSoftmaxes(Head):
             loss = loss_Q1T.sum() / len(tokens_QT)
         if not torch.is_grad_enabled():
             return loss
-        targets_ST1 = tokens_QT.repeat_interleave(self.components, 0)[..., None]
+        rows_ST1 = rows_QT1.repeat_interleave(self.components, 0)
         of_rows = head_loss(
-            states_QKD.flatten(0, 1), self.weight, None, targets_ST1, share_QKT.flatten(0, 1)
+            states_QKD.flatten(0, 1), rows_rD, bias_r, rows_ST1, share_QKT.flatten(0, 1)
         )
         of_prior = (share_QKT.sum(2) * log_prior_QK).sum() / len(tokens_QT)
         same_gradient = self.components * of_rows - of_prior
@@ -90,12 +97,12 @@ class MixtureOfSoftmaxes(Head):
 
     def _log_probs(self, hidden_QD: Tensor) -> Tensor:
         states_QKD, log_prior_QK = self._components(hidden_QD)
-        log_probs_QKV = self._logits(states_QKD).log_softmax(-1)
+        log_probs_QKV = exact(states_QKD @ self.weight.T).log_softmax(-1)
         return torch.logsumexp(log_prior_QK[..., None] + log_probs_QKV, dim=1)
 
     def _token_log_probs(self, hidden_QD: Tensor, tokens_Q: Tensor) -> Tensor:
         states_QKD, log_prior_QK = self._components(hidden_QD)
-        own_QK = self._own_block(states_QKD, tokens_Q[:, None])[..., 0]
+        own_QK = _own_block(states_QKD, self.weight, None, tokens_Q[:, None])[..., 0]
         return torch.logsumexp(log_prior_QK + own_QK, dim=1)
 
     def _components(self, hidden_QD: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,15 +111,19 @@ class MixtureOfSoftmaxes(Head):
         states_QKD = states_QS.view(len(hidden_QD), self.components, self.hidden_size)
         return states_QKD, exact(self.prior(hidden_QD)).log_softmax(-1)
 
-    def _logits(self, states_QKD: Tensor) -> Tensor:
-        return exact(states_QKD @ self.weight.T)
+    def _own_log_probs(
+        self, states_QKD: Tensor, rows_rD: Tensor, bias_r: Tensor | None, targets_QT: Tensor
+    ) -> Tensor:
+        """(Q, K, T) log p_k of the targets' rows, a chunk of queries at a time."""
+        pairs = zip(self._chunks(states_QKD), self._chunks(targets_QT), strict=True)
+        return torch.cat([_own_block(states, rows_rD, bias_r, rows) for states, rows in pairs])
 
-    def _own_log_probs(self, states_QKD: Tensor, tokens_QT: Tensor) -> Tensor:
-        """(Q, K, T) log p_k of the targets, a chunk of queries at a time."""
-        pairs = zip(self._chunks(states_QKD), self._chunks(tokens_QT), strict=True)
-        return torch.cat([self._own_block(*pair) for pair in pairs])
 
-    def _own_block(self, states_QKD: Tensor, tokens_QT: Tensor) -> Tensor:
-        logits_QKV = self._logits(states_QKD)
-        tokens_QKT = tokens_QT[:, None].expand(-1, self.components, -1)
-        return logits_QKV.gather(2, tokens_QKT) - logits_QKV.logsumexp(2, keepdim=True)
+def _own_block(
+    states_QKD: Tensor, rows_rD: Tensor, bias_r: Tensor | None, targets_QT: Tensor
+) -> Tensor:
+    logits_QKr = exact(states_QKD @ rows_rD.T)
+    if bias_r is not None:
+        logits_QKr += bias_r
+    targets_QKT = targets_QT[:, None].expand(-1, logits_QKr.shape[1], -1)
+    return logits_QKr.gather(2, targets_QKT) - logits_QKr.logsumexp(2, keepdim=True)

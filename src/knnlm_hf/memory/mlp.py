@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from knnlm_hf.errors import SettingError
 from knnlm_hf.memory.head import Head, exact, first_rows
-from knnlm_hf.memory.head_loss import head_loss
 from knnlm_hf.memory.product import times_rows
 from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count
@@ -95,12 +94,10 @@ class MLPMemory(Head):
         tokens_QT = self._targets(tokens, weights, hidden)
         weights_QT = None if weights is None else weights.reshape(tokens_QT.shape).to(self.device)
         states_QD = self._states(self._flat(hidden))
-        if self.negatives is not None and self.training:
-            return sampled_loss(
-                states_QD, self.weight, None, lambda tokens: tokens[..., None], tokens_QT,
-                weights_QT, vocab_size=self.vocab_size, negatives=self.negatives,
-            )  # fmt: skip
-        return head_loss(states_QD, self.weight, None, tokens_QT[..., None], weights_QT)
+        return sampled_loss(
+            states_QD, self.weight, None, lambda tokens: tokens[..., None], tokens_QT, weights_QT,
+            vocab_size=self.vocab_size, negatives=self.negatives if self.training else None,
+        )  # fmt: skip
 
     @torch.no_grad()
     def start_rows(self, rows_VD: Tensor) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head import Head, first_rows
-from knnlm_hf.memory.head_loss import head_loss
 from knnlm_hf.memory.product import times_rows
 from knnlm_hf.memory.sampled_loss import sampled_loss
 from knnlm_hf.types import check_count, check_temperature
@@ -107,12 +106,10 @@ class MultiEmbeddingHead(Head):
             raise KNNLMError(f"token {token} has no row in this head: give it one, or leave it out")
         weights_QT = None if weights is None else weights.reshape(tokens_QT.shape).to(self.device)
         hidden_QD = self._flat(hidden) / self.temperature
-        if self.negatives is not None and self.training:
-            return sampled_loss(
-                hidden_QD, self.weight, self.bias, self._rows_of, tokens_QT, weights_QT,
-                vocab_size=self.vocab_size, negatives=self.negatives,
-            )  # fmt: skip
-        return head_loss(hidden_QD, self.weight, self.bias, rows_QTM, weights_QT)
+        return sampled_loss(
+            hidden_QD, self.weight, self.bias, self._rows_of, tokens_QT, weights_QT,
+            vocab_size=self.vocab_size, negatives=self.negatives if self.training else None,
+        )  # fmt: skip
 
     @torch.no_grad()
     def start_rows(self, rows_VD: Tensor) -> None:

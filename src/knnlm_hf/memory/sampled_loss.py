@@ -30,17 +30,43 @@ def sampled_loss(
     weights_QT: Tensor | None,
     *,
     vocab_size: int,
-    negatives: int,
+    negatives: int | None,
 ) -> Tensor:
     """`head_loss` over the rows of the batch's targets and of `negatives` other tokens.
 
     Args:
-        hidden_QD, rows_RD, bias_R, weights_QT: as for `head_loss`.
+        hidden_QD, weights_QT: as for `head_loss`.
+        rows_RD, bias_R, rows_of, tokens_QT, vocab_size, negatives: as for `sampled_rows`.
+    """
+    rows_rD, bias_r, targets_QTM = sampled_rows(
+        rows_RD, bias_R, rows_of, tokens_QT, vocab_size=vocab_size, negatives=negatives
+    )
+    return head_loss(hidden_QD, rows_rD, bias_r, targets_QTM, weights_QT)
+
+
+def sampled_rows(
+    rows_RD: Tensor,
+    bias_R: Tensor | None,
+    rows_of: Callable[[Tensor], Tensor],
+    tokens_QT: Tensor,
+    *,
+    vocab_size: int,
+    negatives: int | None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The rows taken in: themselves (r, D), their bias (r,), and the targets' (Q, T, M) among them.
+
+    The bias of a drawn token's rows has log of how many tokens it stands for in it.
+
+    Args:
+        rows_RD, bias_R: of the head.
         rows_of: tokens (...) → their rows (..., M), −1 where a token has fewer.
         tokens_QT: the targets.
         vocab_size: V.
-        negatives: tokens drawn, by torch's global generator; all others where they are no more.
+        negatives: tokens drawn, by torch's global generator; all others where they are no more;
+            None: every row as it is, the exact loss.
     """
+    if negatives is None:
+        return rows_RD, bias_R, rows_of(tokens_QT)
     tokens_C, log_count_C = taken_in(tokens_QT, vocab_size, negatives)
     rows_CM = rows_of(tokens_C)
     is_row_CM = rows_CM >= 0
@@ -52,7 +78,7 @@ def sampled_loss(
     place_R[rows_r] = torch.arange(len(rows_r), device=rows_r.device)
     targets_QTM = rows_of(tokens_QT)
     targets_QTM = torch.where(targets_QTM < 0, -1, place_R[targets_QTM.clamp(min=0)])
-    return head_loss(hidden_QD, rows_RD.index_select(0, rows_r), bias_r, targets_QTM, weights_QT)
+    return rows_RD.index_select(0, rows_r), bias_r, targets_QTM
 
 
 def taken_in(tokens: Tensor, vocab_size: int, negatives: int) -> tuple[Tensor, Tensor]:
