@@ -300,6 +300,11 @@ class TestRun:
         for file in built.glob("*.safetensors"):
             assert (linked.path / file.name).samefile(file)
 
+    def test_a_finished_store_may_have_been_built_in_other_batches(self, tmp_path):
+        given = study(tmp_path / "a", settings=Settings(batch_size=3)).store("att")
+        linked = study(tmp_path / "b", stores=[given.path]).store("att")
+        assert linked.digest == given.digest
+
     def test_a_store_of_another_text_is_refused_and_not_kept(self, tmp_path):
         other = study(tmp_path / "a", train=tiny.corpus(19, 1)).store("att")
         with pytest.raises(KNNLMError):
@@ -309,5 +314,7 @@ class TestRun:
     def test_settings_are_checked(self):
         with pytest.raises(SettingError, match="eval_tokens is 0"):
             Settings(eval_tokens=0)
+        with pytest.raises(SettingError, match="dtype is 'float8'"):
+            Settings(head_dtype="float8")
         with pytest.raises(SettingError, match="exact_comparisons"):
             Settings(exact_comparisons=0)

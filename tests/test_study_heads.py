@@ -11,8 +11,8 @@ import toy_study
 from toy_study import BEST, ONE_ROW
 
 from knnlm_hf.errors import SettingError
-from knnlm_hf.memory import MultiEmbeddingHead
-from knnlm_hf.memory.training import Batch
+from knnlm_hf.memory import CentroidMemory, MixtureOfSoftmaxes, MultiEmbeddingHead
+from knnlm_hf.memory.training import Batch, Recipe
 from knnlm_hf.study import Comparison, Settings, heads
 from knnlm_hf.study.experiments.adaptive_embeddings import (
     adaptive_embeddings,
@@ -169,6 +169,15 @@ class TestBudget:
         again = heads.trained(toy, "att", "multi_embedding", "rows1", n=1)
         assert again.name == first.name
         assert path.stat().st_mtime_ns == before
+
+    def test_negatives_and_precision_are_the_recipe_s(self, tmp_path):
+        study = toy_study.study(tmp_path, head_negatives=3, head_dtype="bfloat16", head_tokens=400)
+        how = heads.recipe(study)
+        assert (how.negatives, how.dtype) == (3, "bfloat16")
+        assert heads.suited(how, MixtureOfSoftmaxes).negatives == 3
+        assert heads.suited(how, CentroidMemory).negatives is None
+        assert heads.trained(study, "att", "centroids", "few", clusters=2).head.trained
+        assert heads.suited(how, MixtureOfSoftmaxes).lr == Recipe().lr
 
     def test_most_settings_is_checked(self, toy):
         assert heads.some(toy, [1, 2, 3]) == [1, 2]

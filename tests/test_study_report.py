@@ -21,8 +21,7 @@ FACTS = {
     "model": "me/<model>", "architecture": "GPT2LMHeadModel", "parameters": 1234567,
     "vocabulary": 61, "layers": ["att"], "window": 32, "stride": 16,
     "tokens": {"train": 1000, "valid": 200, "test": 300},
-    "settings": {"k": 16, "eval_tokens": None}, "versions": {"torch": "2.13"},
-    "machine": "x86_64", "command": "knnlm study run",
+    "machine": "x86_64",
 }  # fmt: skip
 
 
@@ -39,6 +38,8 @@ def result(name="base_lm", **changes):
                 "series": [{"name": "s", "x": [1, 2], "y": [1.0, 3.0], "low": None, "high": None}],
             }
         ],
+        "settings": {"k": 16, "eval_tokens": None}, "versions": {"torch": "2.13"},
+        "command": "knnlm study run",
     }  # fmt: skip
     return facts | changes
 
@@ -105,6 +106,16 @@ class TestReport:
         (plot,) = re.findall(r"\]\((plots/[^)]+)\)", text)
         assert (tmp_path / "report" / plot).read_text().startswith("<svg")
         assert "∞" in text
+
+    def test_each_result_keeps_the_settings_it_was_made_with(self, tmp_path):
+        other = result("datastore_size", row=8, settings={"k": 9}, command="knnlm study run --k 9")
+        write(tmp_path, result(), other, result("temperature", row=10))
+        text = (report(tmp_path).parent / "README.md").read_text()
+        assert "| versions | torch 2.13 |" in text
+        assert "| settings, rows 1, 10 | k 16, eval_tokens all |" in text
+        assert "| settings, row 8 | k 9 |" in text
+        assert "| command, rows 1, 10 | knnlm study run |" in text
+        assert "| command, row 8 | knnlm study run --k 9 |" in text
 
     def test_it_is_made_again_over_an_old_one(self, tmp_path):
         write(tmp_path, result())
@@ -193,6 +204,7 @@ class TestCommand:
         assert facts["base_lm"] == HOLDS
         stored = json.loads((tmp_path / "out" / "results" / "base_lm.json").read_text())
         assert stored["settings"]["eval_tokens"] == 64
+        assert stored["command"].startswith("knnlm ")
         again = CliRunner().invoke(app, ["study", "report", str(tmp_path / "out"), "--json"])
         assert json.loads(again.stdout)["report"] == facts["report"]
 

@@ -54,6 +54,13 @@ def run(
     head_tokens: Annotated[
         int | None, typer.Option(min=1, help="Examples that training a head may see [its recipe].")
     ] = None,
+    head_negatives: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens that stand for the rest in a head's step [all]."),
+    ] = None,
+    head_dtype: Annotated[
+        str | None, typer.Option(help="Of a head's products: float32 or bfloat16 [float32].")
+    ] = None,
     lm_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens that training a model may see [its recipe].")
     ] = None,
@@ -73,6 +80,7 @@ def run(
     given = {
         "train_tokens": train_tokens, "eval_tokens": eval_tokens, "k": k, "seed": seed,
         "exact_comparisons": exact_comparisons, "head_tokens": head_tokens,
+        "head_negatives": head_negatives, "head_dtype": head_dtype,
         "lm_tokens": lm_tokens, "most_settings": most_settings, "batch_size": batch_size,
     }  # fmt: skip
     settings: dict[str, Any] = dict(study.QUICK) if quick else {}

@@ -54,6 +54,8 @@ class Head(HeadFiles, nn.Module):
 
     kind: ClassVar[str]
     """Its name in files and on the command line."""
+    usual: ClassVar[Recipe] = Recipe()
+    """How its kind is trained unless one says otherwise."""
 
     trained: Trained | None
     """What training did; None for a head that was not trained by `train_on`."""
@@ -97,7 +99,7 @@ class Head(HeadFiles, nn.Module):
 
         Args:
             store: the datastore; the head reads its layer and remembers its model.
-            recipe: how to train, see `Recipe`.
+            recipe: how to train, see `Recipe`; None: what is `usual` for the kind.
             checkpoint: folder to write after every epoch; a killed run continues from it.
             device: where to train; default: CUDA where there is one.
             teacher: a kNN memory on the store, or its answers kept before (`SoftTargets` or their
@@ -114,7 +116,7 @@ class Head(HeadFiles, nn.Module):
             KNNLMError: keys that are not finite, a loss that diverges, a token without a row.
         """
         of_recipe = settings.keys() & RECIPE_FIELDS.keys()
-        recipe = recipe_with(recipe, {name: settings.pop(name) for name in of_recipe})
+        recipe = recipe_with(recipe or cls.usual, {name: settings.pop(name) for name in of_recipe})
         recipe.check()
         torch.manual_seed(recipe.seed)
         sizes = {"hidden_size": store.dim, "vocab_size": store.vocab_size, "layer": store.layer}

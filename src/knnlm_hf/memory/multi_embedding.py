@@ -20,6 +20,7 @@ from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head import Head, first_rows
 from knnlm_hf.memory.product import times_rows
 from knnlm_hf.memory.sampled_loss import sampled_loss
+from knnlm_hf.memory.training import Recipe
 from knnlm_hf.types import check_count, check_temperature
 
 
@@ -40,6 +41,7 @@ class MultiEmbeddingHead(Head):
     """
 
     kind = "multi_embedding"
+    usual = Recipe(lr=5e-3)
     row_tokens: Tensor
     first_rows: Tensor
     row_counts: Tensor

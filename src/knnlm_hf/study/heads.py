@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from knnlm_hf.build import Datastore
 from knnlm_hf.memory.head import Head
 from knnlm_hf.memory.kinds import class_of
+from knnlm_hf.memory.multi_embedding import MultiEmbeddingHead
 from knnlm_hf.memory.training import Recipe
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.study.forward import forwards, rows_of, spread
@@ -36,6 +37,10 @@ _STEPS = 250  # of a small budget, by which its batches are sized
 _SMALLEST_BATCH = 64
 _HEAD_SPEED = 2.1e10
 """Entries × rows × dimensions that training takes in a second, on two cores."""
+_BFLOAT16_SPEED = 1.9
+"""Times as fast, where the processor has it."""
+_DISTINCT = 0.35
+"""Distinct tokens of a batch of text, as a share of it."""
 
 
 class ChosenEntries(Datastore):
@@ -79,18 +84,26 @@ class TrainedHead:
 
 def recipe(study: Study) -> Recipe:
     """How every head of the study is trained: the default recipe, cut to the budget."""
-    usual, entries = Recipe(seed=study.settings.seed), _entries(study)
-    budget = study.settings.head_tokens
+    settings, entries = study.settings, _entries(study)
+    usual = replace(
+        MultiEmbeddingHead.usual, seed=settings.seed, negatives=settings.head_negatives,
+        dtype=settings.head_dtype,
+    )  # fmt: skip
+    budget = settings.head_tokens
     if budget is None:
         epochs, examples = usual.epochs, entries
     else:
         epochs = min(usual.epochs, max(1, round(budget / entries)))
         examples = min(entries, max(1, budget // epochs))
     batch = 2 ** int(math.log2(max(1.0, epochs * examples / _STEPS)))
-    return Recipe(
-        epochs=epochs, batch_size=min(usual.batch_size, max(_SMALLEST_BATCH, batch)),
-        seed=study.settings.seed,
-    )  # fmt: skip
+    size = min(usual.batch_size, max(_SMALLEST_BATCH, batch))
+    return replace(usual, epochs=epochs, batch_size=size)
+
+
+def suited(how: Recipe, kind: type[Head]) -> Recipe:
+    """The recipe for a kind of head: at its usual rate, with negatives where it can have them."""
+    negatives = how.negatives if hasattr(kind, "negatives") else None
+    return replace(how, lr=kind.usual.lr, negatives=negatives)
 
 
 def is_cut(study: Study) -> bool:
@@ -204,13 +217,25 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def seconds(study: Study, rows: float, layers: int = 1) -> float:
-    """What training so many rows costs on two cores, and scoring them; an estimate."""
+def seconds(study: Study, rows: float, layers: int = 1, *, sampled: bool = True) -> float:
+    """What training so many rows costs on two cores, and scoring them; an estimate.
+
+    Args:
+        study: whose budget and width count.
+        rows: of the head.
+        layers: on how many layers it is trained.
+        sampled: whether the study's negatives spare it some of the rows.
+    """
     width: int = study.model.config.get_text_config(decoder=True).hidden_size
     epochs, budget = Recipe().epochs, study.settings.head_tokens
     whole = epochs * _entries(study)
     examples = whole if budget is None else min(whole, budget)
-    return layers * examples * rows * width / _HEAD_SPEED
+    negatives, dtype = study.settings.head_negatives, study.settings.head_dtype
+    if sampled and negatives is not None:
+        taken = negatives + recipe(study).batch_size * _DISTINCT
+        rows *= min(1.0, taken / study.vocab_size)
+    speed = _HEAD_SPEED * (_BFLOAT16_SPEED if dtype == "bfloat16" else 1)
+    return layers * examples * rows * width / speed
 
 
 def _entries(study: Study) -> int:
@@ -222,7 +247,7 @@ def _place(row: Window) -> tuple[int, int]:
 
 
 def _train_on(
-    cls: type[Any], show: bool, settings: dict[str, Any], store: ChosenEntries, how: Recipe
+    cls: type[Head], show: bool, settings: dict[str, Any], store: ChosenEntries, how: Recipe
 ) -> Head:
-    head: Head = cls.train_on(store, recipe=how, progress=show, **settings)
+    head: Head = cls.train_on(store, recipe=suited(how, cls), progress=show, **settings)
     return head

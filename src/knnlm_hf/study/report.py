@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from knnlm_hf.errors import KNNLMError
-from knnlm_hf.persistence import filled_at_once
+from knnlm_hf.folders import filled_at_once
 from knnlm_hf.study import plots
 from knnlm_hf.study.catalogue import all_experiments
 from knnlm_hf.study.runner import RESULTS
@@ -57,7 +58,7 @@ def report(folder: str | Path) -> Path:
         for number, plot in enumerate(result["plots"], start=1)
     }
     target = folder / "report"
-    with filled_at_once(target, "index.html") as page:
+    with filled_at_once(target) as page:
         (page / "plots").mkdir()
         for (name, number), svg in drawings.items():
             (page / "plots" / f"{name}-{number}.svg").write_text(plots.alone(svg), encoding="utf-8")
@@ -66,17 +67,30 @@ def report(folder: str | Path) -> Path:
     return target / "index.html"
 
 
-def _about(facts: dict[str, Any]) -> dict[str, str]:
+def _about(facts: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
     """What was studied, with what, as names and values."""
     about = {
         "model": f"{facts['model']} ({facts['architecture']}, {facts['parameters']:,} parameters, "
         f"vocabulary {facts['vocabulary']:,}, window {facts['window']}, stride {facts['stride']})",
         "tokens": ", ".join(f"{split} {count:,}" for split, count in facts["tokens"].items()),
-        "settings": ", ".join(f"{k} {cell(v) or 'all'}" for k, v in facts["settings"].items()),
-        "versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
         "machine": facts["machine"],
     }
-    return about | ({"command": facts["command"]} if facts.get("command") else {})
+    for name, shown in _SHARED.items():
+        found = {r["row"]: shown(r[name]) for r in results if r.get(name)}
+        for value in dict.fromkeys(found.values()):
+            rows = [str(row) for row, other in found.items() if other == value]
+            these = "row" if len(rows) == 1 else "rows"
+            is_all = len(rows) == len(results)
+            about[name if is_all else f"{name}, {these} {', '.join(rows)}"] = value
+    return about
+
+
+_SHARED: dict[str, Callable[[Any], str]] = {
+    "settings": lambda found: ", ".join(f"{k} {cell(v) or 'all'}" for k, v in found.items()),
+    "versions": lambda found: ", ".join(f"{k} {v}" for k, v in found.items()),
+    "command": str,
+}
+"""What each result has of its own, though it is mostly one for all."""
 
 
 _TITLE = "Why does a nearest-neighbour language model work here?"
@@ -92,7 +106,9 @@ _METHOD = (
 def _html(
     facts: dict[str, Any], results: list[dict[str, Any]], drawings: dict[tuple[str, int], str]
 ) -> str:
-    about = "".join(f"<dt>{name}</dt><dd>{escape(v)}</dd>" for name, v in _about(facts).items())
+    about = "".join(
+        f"<dt>{name}</dt><dd>{escape(v)}</dd>" for name, v in _about(facts, results).items()
+    )
     summary = "".join(
         f'<tr><td>{r["row"]}</td><td><a href="#{r["experiment"]}">{escape(r["title"])}</a></td>'
         f"<td>{_verdict(r)}</td></tr>"
@@ -164,5 +180,5 @@ def _markdown(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
         lines += [f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |" for row in body]
         lines += ["", "</details>"]
     lines += ["", "## What was studied", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in _about(facts).items()]
+    lines += [f"| {name} | {value} |" for name, value in _about(facts, results).items()]
     return "\n".join(lines) + "\n"

@@ -60,13 +60,15 @@ def run(
             "another folder"
         ) from error
     try:
-        write_json(folder / "study.json", _facts(study) | {"command": command})
-        return _run_all(study, experiments, folder)
+        write_json(folder / "study.json", _facts(study))
+        return _run_all(study, experiments, folder, command)
     finally:
         lock.release()
 
 
-def _run_all(study: Study, experiments: list[Experiment], folder: Path) -> list[dict[str, Any]]:
+def _run_all(
+    study: Study, experiments: list[Experiment], folder: Path, command: str
+) -> list[dict[str, Any]]:
     say = Console(stderr=True, quiet=not study.show).print
     wanted = {e.name: digest([study.inputs, e.source.decode()]) for e in experiments}
     done = {e.name: read_json(folder / f"{e.name}.json") for e in experiments}
@@ -77,7 +79,7 @@ def _run_all(study: Study, experiments: list[Experiment], folder: Path) -> list[
     for number, experiment in enumerate(left, start=1):
         say(f"[bold]{number} of {len(left)}: {experiment.title}[/bold] ({experiment.name})")
         try:
-            result = _run_one(study, experiment, wanted[experiment.name])
+            result = _run_one(study, experiment, wanted[experiment.name]) | {"command": command}
         except Exception as error:  # whatever it is, hours of others' work shall not be lost to it
             _log.debug("%s failed", experiment.name, exc_info=True)
             failed.append(f"{experiment.name}: {first_line(error)}")
@@ -159,7 +161,5 @@ def _facts(study: Study) -> dict[str, Any]:
         "window": study.window,
         "stride": study.stride,
         "tokens": {split: len(study.text(split)) for split in ("train", "valid", "test")},
-        "settings": study.settings.to_dict(),
-        "versions": versions(),
         "machine": f"{platform.machine()}, {platform.system()}",
     }

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from knnlm_hf.errors import SettingError
+from knnlm_hf.memory.training import Recipe
 from knnlm_hf.types import check_count, check_k
 
 
@@ -27,6 +28,10 @@ class Settings:
     """Neighbours per query."""
     head_tokens: int | None = None
     """Examples that the training of one head may see, epochs included; None: the recipe's own."""
+    head_negatives: int | None = None
+    """Tokens drawn at each step of a head's training to stand for the rest; None: all of them."""
+    head_dtype: str = "float32"
+    """Of the matrix products in a head's training: float32, or bfloat16."""
     lm_tokens: int | None = None
     """Tokens that the training of one language model may see, epochs included."""
     most_settings: int | None = None
@@ -40,9 +45,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_k(self.k)
-        for name in ("train_tokens", "eval_tokens", "head_tokens", "lm_tokens", "most_settings"):
+        for name in _BUDGETS:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        Recipe(dtype=self.head_dtype).check()
         for name in ("batch_size", "resamples"):
             check_count(name, getattr(self, name))
         if not self.exact_comparisons > 0:
@@ -54,6 +60,10 @@ class Settings:
         """Plain data, for JSON."""
         return asdict(self)
 
+
+_BUDGETS = (
+    "train_tokens", "eval_tokens", "head_tokens", "head_negatives", "lm_tokens", "most_settings",
+)  # fmt: skip
 
 QUICK: dict[str, Any] = {
     "train_tokens": 250_000, "eval_tokens": 6_000, "exact_comparisons": 1e9,

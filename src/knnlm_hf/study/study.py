@@ -65,7 +65,7 @@ class Study:
         self.show = show
         self._corpora = {"train": train, "valid": valid, "test": test}
         self._texts: dict[str, Text] = {}
-        self._stores = {store.layer: store.path for store in map(Datastore.open, stores)}
+        self._stores = {store.layer: store for store in map(Datastore.open, stores)}
         self._config = model.config.get_text_config(decoder=True)
         self.window, self.stride = check_window(None, None, self._config)
 
@@ -150,14 +150,17 @@ class Study:
             "model": self.model_digest, "text": self.text("train").digest, "layer": layer,
         }  # fmt: skip
 
+        given = self._stores.get(layer)
+        batch_size = self.settings.batch_size if given is None else given.manifest.batch_size
+
         def make(path: Path) -> None:
-            is_given = layer in self._stores and not path.exists()
-            if is_given:
-                shutil.copytree(self._stores[layer], path, copy_function=_link)
+            is_given = given is not None and not path.exists()
+            if given is not None and is_given:
+                shutil.copytree(given.path, path, copy_function=_link)
             try:  # a finished store is checked against model, text and settings, and returned
                 Datastore.build(
                     self.model, self.text("train").documents, path, tokenizer=self.tokenizer,
-                    layer=layer, batch_size=self.settings.batch_size, progress=self.show,
+                    layer=layer, batch_size=batch_size, progress=self.show,
                 )  # fmt: skip
             except KNNLMError:
                 if is_given:

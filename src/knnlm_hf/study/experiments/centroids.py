@@ -69,8 +69,9 @@ def centroids(study: Study) -> Outcome:
 
 def cost(study: Study) -> float:
     """Seconds: ten rounds of k-means, one training, and the search to compare with."""
-    rounds = heads.seconds(study, clusters(study)) * 10 / (3 * heads.recipe(study).epochs)
-    training = 2 * heads.seconds(study, clusters(study) + study.vocab_size)
+    one = heads.seconds(study, clusters(study), sampled=False)
+    rounds = one * 10 / (3 * heads.recipe(study).epochs)
+    training = 2 * heads.seconds(study, clusters(study) + study.vocab_size, sampled=False)
     return rounds + training + search_seconds(study, evaluated(study))
 
 
@@ -88,7 +89,8 @@ def _heads(study: Study, layer: str) -> tuple[Measured, Measured]:
     def fit(entries: heads.ChosenEntries, how: Recipe) -> Head:
         head = CentroidMemory.from_pretrained(study.workspace.folder / "heads" / plain.name)
         head.to(heads.device())
-        head.trained = train(head, entries, how, progress=study.show)
+        recipe = heads.suited(how, CentroidMemory)
+        head.trained = train(head, entries, recipe, progress=study.show)
         return head
 
     tuned = heads.fitted(study, layer, f"centroids{count}-tuned", {"from": plain.name}, fit)
