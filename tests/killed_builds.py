@@ -54,7 +54,7 @@ def arm(count):
         file.write(data[: len(data) // 2])
 
     atomic.write_all = deadly(atomic.write_all, half)
-    atomic.sync = deadly(atomic.sync, lambda *args: None)
+    os.fsync = deadly(os.fsync, lambda *args: None)
     os.replace = deadly(os.replace, lambda *args: None)
 
 

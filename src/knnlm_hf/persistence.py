@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from knnlm_hf import folders
 from knnlm_hf.errors import PersistenceError, first_line
 
 # What the Hub's client raises: its own errors, and those of its HTTP library, their base class.
@@ -32,11 +29,14 @@ def local_folder(
 ) -> Path:
     """Return the folder `source`, downloading it first where it is no folder but a Hub repo id.
 
+    A folder in whose saving a process was killed is finished first.
+
     Raises:
         PersistenceError: neither a folder nor a repository that can be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
+        folders.finish(path)
         return path
     looks_local = path.is_absolute() or path.exists() or str(source).count("/") != 1
     if looks_local or str(source).startswith((".", "~")):
@@ -77,6 +77,7 @@ def push_folder(
     Raises:
         PersistenceError: the Hub refuses, or cannot be reached.
     """
+    folders.finish(Path(folder))
     try:
         api = HfApi(token=token)
         created = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
@@ -87,59 +88,13 @@ def push_folder(
             commit_message=commit_message,
             revision=revision,
             create_pr=create_pr,
-            ignore_patterns=ignore_patterns,
+            ignore_patterns=[*(ignore_patterns or []), folders.OURS],
         )
     except _HUB_ERRORS as error:
         raise PersistenceError(
             f"{repo_id}: could not be pushed to the Hub: {first_line(error)}; nothing of it is "
             "there, so push again once that is mended"
         ) from error
-
-
-@contextmanager
-def filled_at_once(target: Path, last: str = "config.json") -> Iterator[Path]:
-    """Give a temporary folder beside `target`; its files move there when the block ends well.
-
-    The file `last` moves last, so that a folder with it is whole. On an error `target` is as it
-    was, and nothing half-written is left.
-
-    Raises:
-        PersistenceError: the disk is full, read-only, or `target` is no folder.
-    """
-    if target.exists() and not target.is_dir():
-        raise PersistenceError(f"{target}: a file is in the way, expected a folder")
-    missing = [parent for parent in (target, *target.parents) if not parent.exists()]
-    folder = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield folder
-        files = [file for file in folder.rglob("*") if not file.is_dir()]
-        for file in files:
-            with file.open("rb") as written:
-                os.fsync(written.fileno())
-        for file in sorted(files, key=lambda file: file == folder / last):
-            place = target / file.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            follow_umask(file)
-            os.replace(file, place)
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise PersistenceError(f"{target}: cannot be written: {reason}") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in missing:
-            if parent.is_dir() and not any(parent.iterdir()):
-                with suppress(OSError):
-                    parent.rmdir()
-
-
-def follow_umask(file: Path) -> None:
-    """Give a file the mode of any new one: safetensors 0.8 lets nobody but its owner read its."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
 
 
 def hub_origin(folder: Path) -> tuple[str | None, str | None]:

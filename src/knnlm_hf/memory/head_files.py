@@ -20,10 +20,11 @@ from torch import Tensor
 from knnlm_hf import identity
 from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.errors import KNNLMError, PersistenceError, first_line
+from knnlm_hf.folders import filled_at_once, finish
 from knnlm_hf.memory.head_card import head_card
 from knnlm_hf.memory.kinds import class_of
 from knnlm_hf.memory.training import Recipe, Trained
-from knnlm_hf.persistence import filled_at_once, hub_origin, local_folder, push_folder
+from knnlm_hf.persistence import hub_origin, local_folder, push_folder
 from knnlm_hf.types import check_count
 from knnlm_hf.untrusted import inside, is_count, read_json
 
@@ -49,12 +50,12 @@ class HeadFiles:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Save as a folder that `from_pretrained` loads back bit-equal, in the head's own dtypes.
 
-        Nothing half-written is left on an error.
+        Killed at any moment, the folder is as before or as after; on an error as before.
 
         Raises:
             PersistenceError: the folder cannot be written.
         """
-        with filled_at_once(Path(save_directory).expanduser().absolute(), CONFIG) as folder:
+        with filled_at_once(Path(save_directory).expanduser().absolute()) as folder:
             _write(self, folder)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
@@ -128,6 +129,7 @@ class HeadFiles:
 
 def is_head(folder: Path) -> bool:
     """Whether a trained head was saved in `folder`, whole or damaged."""
+    finish(folder)
     try:
         config = read_json(folder, CONFIG, PersistenceError)
     except PersistenceError:

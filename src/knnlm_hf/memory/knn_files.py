@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from knnlm_hf.datastore import DatastoreReader
-from knnlm_hf.persistence import filled_at_once, hub_origin
+from knnlm_hf.folders import OURS, filled_at_once
+from knnlm_hf.persistence import hub_origin
 
 
 class KNNFiles:
@@ -29,8 +30,8 @@ class KNNFiles:
         target = Path(save_directory).expanduser().absolute()
         if target.resolve() == self.store.path.resolve():
             return
-        ignored = shutil.ignore_patterns(".lock", "*.tmp")
-        with filled_at_once(target, "manifest.json") as folder:
+        ignored = shutil.ignore_patterns(".lock", "*.tmp", OURS)
+        with filled_at_once(target) as folder:
             shutil.copytree(self.store.path, folder, ignore=ignored, dirs_exist_ok=True)
 
     @classmethod

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from knnlm_hf.errors import ModelMismatchError, PersistenceError, first_line
+from knnlm_hf.folders import finish
 from knnlm_hf.modeling.config import CODE, CODE_FILE, KNNLMConfig
 from knnlm_hf.modeling.fit import was_changed
 from knnlm_hf.modeling.memory_parts import load_memories, save_memories
@@ -95,6 +96,8 @@ def load(
         hub: revision, token, cache_dir, local_files_only, of the folder.
         base_options: of the base's `from_pretrained`.
     """
+    if finish(Path(source).expanduser()):
+        config = None  # subtle: the Auto classes have read it before, from the files replaced now
     folder = local_folder(source, "model", **hub)
     if not isinstance(config, KNNLMConfig):
         config = _config(folder)

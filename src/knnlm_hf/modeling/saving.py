@@ -6,9 +6,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from knnlm_hf.folders import filled_at_once
 from knnlm_hf.modeling import parts
 from knnlm_hf.modeling.config import KNNLMConfig
-from knnlm_hf.persistence import filled_at_once, push_folder
+from knnlm_hf.persistence import push_folder
 
 
 class Saving:

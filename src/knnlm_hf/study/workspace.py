@@ -17,6 +17,7 @@ from typing import Any
 
 from knnlm_hf.datastore import atomic
 from knnlm_hf.errors import PersistenceError
+from knnlm_hf.folders import publish
 
 _DIGITS = 12
 
@@ -68,7 +69,7 @@ class Workspace:
                 for leftover in (unfinished, path):
                     atomic.remove(leftover)
                 make(unfinished)
-                atomic.publish(unfinished, path)
+                publish(unfinished, path)
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             raise PersistenceError(
