@@ -6,7 +6,7 @@ The fenced blocks of a page that has Python are taken in order, in one folder an
     ```bash     its `knnlm …` lines go to the command line; its other lines are for people
     ```text     directly after one of these is what that must have printed
 
-In expected output `…` stands for anything, and a number for any within 50 % of it or 0.02: other
+In expected output `…` stands for anything, and a number for any within 20 % of it or 0.02: other
 machines round otherwise, other Pythons carry another text. A line `--8<-- "file"` is that file of
 docs/, as the site's own snippets are.
 """
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 DOCS = Path(__file__).parent.parent / "docs"
 _FENCE = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```$", flags=re.M | re.S)
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
-_RELATIVE, _ABSOLUTE = 0.5, 0.02
+_RELATIVE, _ABSOLUTE = 0.2, 0.02
 
 
 class Block(NamedTuple):
