@@ -15,7 +15,7 @@ def datastore_size(study: Study) -> Outcome:
 
     Row: 8
 
-    Section: 5
+    Section: 4
 
     Hypothesis: does the gain saturate as the datastore grows?
 
