@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ RUNNABLE = sorted(
     for path in pages.DOCS.rglob("*.md")
     if any(block.language == "python" for block in pages.blocks(path))
 )
+_SAYS = re.compile(r"Error$|(^|\.)warn(ing)?$")
 
 
 def test_numbers_and_ellipses_of_expected_output() -> None:
@@ -44,17 +46,26 @@ def test_the_page_runs(
     assert pages.run(pages.DOCS / name)
 
 
-def literals() -> list[str]:
-    """Every string of the source, `…` in place of what an f-string puts in."""
+@functools.cache
+def said() -> list[str]:
+    """Every message of an error or a warning in the source, `…` for what is put in."""
     found = []
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = (str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
-                found.append("".join(parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
+            texts = []
+            if isinstance(node, ast.Call) and _SAYS.search(ast.unparse(node.func)):
+                texts = node.args[:1]
+            elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "message":
+                texts = [node.value]
+            found += [re.sub(r"%[sr]|[`\"]", "", text) for text in map(_text, texts) if text]
     return found
+
+
+def _text(node: ast.expr) -> str | None:
+    """A string, or an f-string with `…`; None for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
 
 def quoted_errors() -> list[str]:
@@ -66,7 +77,11 @@ def quoted_errors() -> list[str]:
 def test_the_source_says_that(error: str) -> None:
     parts = [re.escape(part.strip()) for part in error.split("…") if part.strip()]
     wanted = re.compile(".*".join(parts), flags=re.S)
-    assert any(wanted.search(text.replace("`", "")) for text in literals()), error
+    assert any(wanted.search(text) for text in said()), error
+
+
+def test_no_error_has_two_headings() -> None:
+    assert len(set(quoted_errors())) == len(quoted_errors()) > 60
 
 
 def test_every_public_name_has_its_reference() -> None:
