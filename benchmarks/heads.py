@@ -37,6 +37,7 @@ from knnlm_hf import (
     SoftTargets,
     score,
 )
+from knnlm_hf.memory.checkpoint import remove_checkpoint
 from knnlm_hf.memory.head import Head
 from knnlm_hf.tuning import fit
 
@@ -97,6 +98,7 @@ def train(options: argparse.Namespace, model: Any) -> None:
         head = kind.train_on(store, checkpoint=folder / "checkpoint", progress=False, **settings)
         seconds = time.perf_counter() - begun
         head.save_pretrained(folder)
+        remove_checkpoint(folder / "checkpoint")
         (folder / "seconds.json").write_text(json.dumps({"seconds": seconds} | machine()))
         print(name, f"{seconds:.0f} s", head.trained, flush=True)
 

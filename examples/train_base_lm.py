@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from knnlm_hf.corpus import documents
 from knnlm_hf.demo.train import train_tokenizer
 from knnlm_hf.errors import KNNLMError
+from knnlm_hf.memory.checkpoint import remove_checkpoint
 from knnlm_hf.study.lm_recipe import LMRecipe
 from knnlm_hf.study.lm_training import mean_loss, stream, train_lm
 
@@ -115,6 +116,7 @@ def main() -> None:
     model.save_pretrained(args.out)
     reached = math.exp(mean_loss(model, valid_N, window=args.window))
     facts = done.to_dict() | {"valid_perplexity": reached, "parameters": model.num_parameters()}
+    remove_checkpoint(args.out / "checkpoint")
     (args.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(f"{args.out}: validation perplexity {reached:.2f} per token after {done.steps:,} "
           f"steps")  # fmt: skip

@@ -12,7 +12,7 @@ from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory import centroids as module
 from knnlm_hf.memory import soft_counts
 from knnlm_hf.memory.centroids import CentroidMemory
-from knnlm_hf.memory.training import Entries
+from knnlm_hf.memory.entries import Entries
 
 QUIET = {"progress": False}
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 import tiny
 import torch
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from knnlm_hf import Datastore, KNNLMForCausalLM, MLPMemory, MultiEmbeddingHead
 from knnlm_hf.cli import app
 from knnlm_hf.memory import Head
-from knnlm_hf.memory.training import Entries
+from knnlm_hf.memory.entries import Entries
 
 FAST = ("--epochs", "3", "--lr", "0.03", "--batch-size", "64")
 
@@ -266,6 +267,49 @@ def test_resume(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not (tmp_path / "kept").exists()
 
 
+def test_a_disk_that_fills_up_loses_nothing(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whichever operation: the same command goes on, and trains no finished epoch again."""
+    real, trained = Entries.epoch, []
+
+    def counted(self: Entries, number: int, batch_size: int) -> Any:
+        trained.append(number)
+        return real(self, number, batch_size)
+
+    monkeypatch.setattr(Entries, "epoch", counted)
+    args = ("train-head", made / "store", tmp_path / "head", "--n", 1, "--epochs", 2)
+    count = faults.operations(lambda: run(*args))
+    whole = (tmp_path / "head" / "model.safetensors").read_bytes()
+    seen = set()
+    for at in range(1, count + 1):
+        shutil.rmtree(tmp_path / "head")
+        with faults.Faults("full", at).armed():
+            result = CliRunner().invoke(app, [str(arg) for arg in args])
+        if result.exit_code:
+            assert result.exit_code == 2
+            assert "No space left" in result.stderr.splitlines()[-1]
+            assert not (tmp_path / "head").exists()
+            state = tmp_path / "head.checkpoint" / "state.json"
+            epochs = json.loads(state.read_text())["progress"]["epoch"] if state.is_file() else 0
+            trained.clear()
+            run(*args)
+            assert trained == list(range(epochs, 2))
+            seen.add(epochs)
+        assert (tmp_path / "head" / "model.safetensors").read_bytes() == whole
+        assert [file.name for file in tmp_path.iterdir()] == ["head"]
+    assert seen == {0, 1, 2}
+
+
+def test_what_an_interrupted_save_left_is_not_in_the_way(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "head" / ".knnlm_hf-unfinished-x").mkdir(parents=True)
+    run("train-head", made / "store", tmp_path / "head", "--n", 2, *FAST)
+    fill = tmp_path / "other" / ".knnlm_hf-new"
+    shutil.copytree(tmp_path / "head", fill)
+    refused("holds", "train-head", made / "store", tmp_path / "other", "--n", 2, *FAST)
+    assert Head.from_pretrained(tmp_path / "other").trained is not None
+
+
 def test_ctrl_c_and_again(made: Path, tmp_path: Path) -> None:
     args = [str(made / "store"), str(tmp_path / "head"), "--n", "1", "--lr", "0.03"]
     args += ["--epochs", "100000", "--patience", "100000"]
@@ -284,7 +328,7 @@ def test_ctrl_c_and_again(made: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, stderr
     assert b"run the same command again" in stderr
     assert b"Traceback" not in stderr
-    assert json.loads(state.read_text())["epoch"] >= 1
+    assert json.loads(state.read_text())["progress"]["epoch"] >= 1
     assert not (tmp_path / "head").exists()
 
 

@@ -12,7 +12,7 @@ from knnlm_hf import Datastore, KNNMemory, MultiEmbeddingHead, SoftTargets, dist
 from knnlm_hf.errors import DatastoreError, KNNLMError, SettingError
 from knnlm_hf.memory import CentroidMemory, MixtureOfSoftmaxes, MLPMemory
 from knnlm_hf.memory.distillation import distilled_loss, mixed_targets
-from knnlm_hf.memory.training import Batch, Entries
+from knnlm_hf.memory.entries import Batch, Entries
 
 FAST = {"epochs": 3, "batch_size": 64, "lr": 0.03, "progress": False}
 

@@ -346,11 +346,13 @@ def test_damaged_files_of_a_checkpoint(tmp_path):
     checkpoint = tmp_path / "s" / "checkpoint"
 
     def trained(folder):
-        shutil.copytree(folder, checkpoint, dirs_exist_ok=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        shutil.copytree(folder, checkpoint)
         train(tmp_path / "s")
         return TRAINED[-1]
 
     count = faults.operations(lambda: train(tmp_path / "s"))
+    shutil.rmtree(checkpoint)
     with pytest.raises(Killed), Faults("kill", count - 3).armed():
         train(tmp_path / "s")
     checkpoint.rename(tmp_path / "kept")

@@ -8,7 +8,6 @@ import faults
 import pytest
 from faults import Faults, Killed
 
-from knnlm_hf import folders
 from knnlm_hf.errors import PersistenceError
 from knnlm_hf.folders import filled_at_once, finish
 
@@ -128,14 +127,14 @@ def test_readers_beside_a_writer(target):
 
 def test_two_writers(target, monkeypatch):
     """One puts its files there just before the other's rename: the later one's stay."""
-    real, others = folders.publish, [{"a": "third a"}]
+    real, others = os.replace, [{"a": "third a"}]
 
-    def publish(folder, place):
+    def replace(source, place):
         if others:
             fill(target / ".knnlm_hf-new", others.pop())
-        real(folder, place)
+        real(source, place)
 
-    monkeypatch.setattr(folders, "publish", publish)
+    monkeypatch.setattr(os, "replace", replace)
     put(target, {"b": "new b"})
     assert contents(target) == {**OLD, "a": "third a", "b": "new b"}
 

@@ -15,7 +15,7 @@ from knnlm_hf import Datastore, KNNMemory
 from knnlm_hf.datastore.removal import Removed
 from knnlm_hf.errors import DatastoreError, KNNLMError, SettingError
 from knnlm_hf.index import ExactIndex, SearchIndex, self_check
-from knnlm_hf.memory.training import Entries
+from knnlm_hf.memory.entries import Entries
 
 faiss = pytest.importorskip("faiss")
 

@@ -12,7 +12,8 @@ from toy_study import BEST, ONE_ROW
 
 from knnlm_hf.errors import SettingError
 from knnlm_hf.memory import CentroidMemory, MixtureOfSoftmaxes, MultiEmbeddingHead
-from knnlm_hf.memory.training import Batch, Recipe
+from knnlm_hf.memory.entries import Batch
+from knnlm_hf.memory.recipe import Recipe
 from knnlm_hf.study import Comparison, Settings, heads
 from knnlm_hf.study.experiments.adaptive_embeddings import (
     adaptive_embeddings,

@@ -83,12 +83,6 @@ def finish(folder: Path) -> bool:
     return True
 
 
-def publish(unfinished: Path, path: Path) -> None:
-    """Rename to the final name, durably."""
-    os.replace(unfinished, path)
-    _sync_folder(path.parent)
-
-
 def follow_umask(path: Path) -> None:
     """Give a file or folder the mode of any new one: temporary ones may be their owner's alone."""
     mask = os.umask(0o077)
@@ -96,17 +90,27 @@ def follow_umask(path: Path) -> None:
     path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
+def sync_folder(folder: Path) -> None:
+    """Return when the folder's names are on the disk; not every system can."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _settle(folder: Path) -> None:
     """Bring a folder to the disk, with the modes of new files."""
     for path in folder.rglob("*"):
         if path.is_dir():
-            _sync_folder(path)
+            sync_folder(path)
         else:
             follow_umask(path)
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
     follow_umask(folder)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _put(folder: Path, target: Path) -> None:
@@ -117,10 +121,13 @@ def _put(folder: Path, target: Path) -> None:
         if is_there:
             _check_way(folder, target)
         try:
-            return publish(folder, target / _NEW if is_there else target)
+            os.replace(folder, target / _NEW if is_there else target)
+            break
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise  # else another process has just put its own there
+    with suppress(OSError):  # it is done: an error would say that it is not
+        sync_folder(target if is_there else target.parent)
 
 
 def _check_way(source: Path, place: Path) -> None:
@@ -152,15 +159,6 @@ def _move(source: Path, place: Path) -> None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:

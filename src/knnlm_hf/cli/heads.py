@@ -15,6 +15,7 @@ from knnlm_hf.cli.inputs import load_model
 from knnlm_hf.cli.options import Device, Json, K, Store, Temperature
 from knnlm_hf.cli.outputs import head_facts, show
 from knnlm_hf.errors import KNNLMError, PersistenceError, SettingError
+from knnlm_hf.folders import OURS, finish
 
 app = typer.Typer()
 
@@ -89,12 +90,13 @@ def train_head(
 
 def _check_free(head: Path) -> None:
     """Refuse, before training, a place where there is something already."""
+    finish(head)
     if head.exists() and not head.is_dir():
         raise PersistenceError(f"{head}: a file is in the way, expected a folder")
-    if head.is_dir() and any(head.iterdir()):
-        found = min(file.name for file in head.iterdir())
+    found = [file.name for file in head.iterdir() if not file.match(OURS)] if head.is_dir() else []
+    if found:
         raise PersistenceError(
-            f"{head}: holds {found!r} already: delete it, or choose another folder"
+            f"{head}: holds {min(found)!r} already: delete it, or choose another folder"
         )
 
 
@@ -134,17 +136,20 @@ def _teaching(
 
 @contextmanager
 def _checkpoint(folder: Path, resume: bool) -> Iterator[Path]:
-    """The folder, made if need be; an empty one is removed again."""
+    """The checkpoint's folder; the checkpoint goes once the head is saved, when the block ends."""
+    from knnlm_hf.memory.checkpoint import remove_checkpoint
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not resume and (folder / "state.json").is_file():
-            for file in (folder / "state.json", *folder.glob("*.safetensors")):
-                file.unlink()
+        if not resume:
+            remove_checkpoint(folder)
         yield folder
     except OSError as error:
         raise KNNLMError(
             f"{folder}: the checkpoint cannot be written: {error.strerror or error}"
         ) from error
+    else:
+        remove_checkpoint(folder)
     finally:
         with suppress(OSError):
             folder.rmdir()

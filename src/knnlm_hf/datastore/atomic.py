@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from knnlm_hf.errors import DatastoreError, first_line
-from knnlm_hf.folders import follow_umask, publish
+from knnlm_hf.folders import follow_umask, sync_folder
 
 TEMPORARY = ".tmp"
 """Suffix of what is not finished; anything of that name may be removed by the next build."""
@@ -79,6 +79,12 @@ def settle(unfinished: Path, path: Path) -> None:
     with unfinished.open("rb") as file:
         sync(file.fileno())
     publish(unfinished, path)
+
+
+def publish(unfinished: Path, path: Path) -> None:
+    """Rename to the final name, durably."""
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
 
 
 def write_all(file: IO[bytes], data: Any) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.datastore.manifest import DATA_START, Manifest, Shard
-from knnlm_hf.folders import publish
 
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -139,7 +138,7 @@ class StoreWriter:
         self._file = None
         unfinished = atomic.temporary(path)
         shard = Shard(path.name, self._rows, size, file_sha256(unfinished), text.corpus)
-        publish(unfinished, path)
+        atomic.publish(unfinished, path)
         self.manifest = replace(self.manifest, shards=(*self.manifest.shards, shard))
         if documents is not None:
             self.manifest = replace(self.manifest, documents=documents, complete=True)

@@ -22,7 +22,9 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.memory.entries import Entries
 from knnlm_hf.memory.head import Head, exact
+from knnlm_hf.memory.recipe import Recipe, Trained
 from knnlm_hf.memory.soft_counts import (
     PRIORS,
     WEIGHTS,
@@ -31,7 +33,7 @@ from knnlm_hf.memory.soft_counts import (
     is_table,
     log_sums,
 )
-from knnlm_hf.memory.training import Entries, Recipe, Trained, held_out_loss, train
+from knnlm_hf.memory.training import held_out_loss, train
 from knnlm_hf.types import check_count, check_temperature
 
 _CHUNK = 1 << 22  # queries × targets × centroids at a time, in training

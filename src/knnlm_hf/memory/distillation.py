@@ -20,9 +20,11 @@ from torch import Tensor
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import SettingError
+from knnlm_hf.memory.entries import Batch
 from knnlm_hf.memory.knn import KNNMemory
+from knnlm_hf.memory.recipe import Recipe, Trained, recipe_with
 from knnlm_hf.memory.soft_targets import SoftTargets, check_teacher
-from knnlm_hf.memory.training import Batch, Recipe, Trained, recipe_with, train
+from knnlm_hf.memory.training import train
 
 if TYPE_CHECKING:
     from knnlm_hf.memory.head import Head
@@ -104,7 +106,8 @@ def distil(
         teacher: as for `distilled_loss`.
         alpha: likewise.
         recipe: how to train, see `Recipe`; `settings` change single fields of it.
-        checkpoint: folder to write after every epoch; a killed run continues from it.
+        checkpoint: folder to write after every epoch; a killed run continues from it, see
+            `Head.train_on`.
         progress: show progress on stderr.
     """
     recipe = recipe_with(recipe, settings)

@@ -21,8 +21,9 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head_files import HeadFiles
 from knnlm_hf.memory.kinds import register
+from knnlm_hf.memory.recipe import Recipe, Trained, recipe_with
 from knnlm_hf.memory.start import start_from
-from knnlm_hf.memory.training import Recipe, Trained, recipe_with, train
+from knnlm_hf.memory.training import train
 from knnlm_hf.types import check_count
 
 _CHUNK_ELEMENTS = 1 << 24  # logits held at a time
@@ -100,7 +101,9 @@ class Head(HeadFiles, nn.Module):
         Args:
             store: the datastore; the head reads its layer and remembers its model.
             recipe: how to train, see `Recipe`; None: what is `usual` for the kind.
-            checkpoint: folder to write after every epoch; a killed run continues from it.
+            checkpoint: folder to write after every epoch; a killed run continues from it. It stays
+                when training is over, and the same call then gives the same head at once: remove it
+                when the head is saved.
             device: where to train; default: CUDA where there is one.
             teacher: a kNN memory on the store, or its answers kept before (`SoftTargets` or their
                 folder), to learn from as well; see `memory.distillation`.

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from knnlm_hf import identity
-from knnlm_hf.memory.training import Trained
+from knnlm_hf.memory.recipe import Trained
 from knnlm_hf.persistence import is_hub_id
 
 

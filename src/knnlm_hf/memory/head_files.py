@@ -23,7 +23,7 @@ from knnlm_hf.errors import KNNLMError, PersistenceError, first_line
 from knnlm_hf.folders import filled_at_once, finish
 from knnlm_hf.memory.head_card import head_card
 from knnlm_hf.memory.kinds import class_of
-from knnlm_hf.memory.training import Recipe, Trained
+from knnlm_hf.memory.recipe import Recipe, Trained
 from knnlm_hf.persistence import hub_origin, local_folder, push_folder
 from knnlm_hf.types import check_count
 from knnlm_hf.untrusted import inside, is_count, read_json

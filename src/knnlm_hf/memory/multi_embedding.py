@@ -19,8 +19,8 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.head import Head, first_rows
 from knnlm_hf.memory.product import times_rows
+from knnlm_hf.memory.recipe import Recipe
 from knnlm_hf.memory.sampled_loss import sampled_loss
-from knnlm_hf.memory.training import Recipe
 from knnlm_hf.types import check_count, check_temperature
 
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from knnlm_hf.memory.entries import Entries
 from knnlm_hf.memory.k_means import k_means, nearest
-from knnlm_hf.memory.training import Entries
 from knnlm_hf.progress import track
 
 WEIGHTS = ("counts", "inverse", "softmax")

@@ -25,7 +25,7 @@ from knnlm_hf.build import Datastore
 from knnlm_hf.memory.head import Head
 from knnlm_hf.memory.kinds import class_of
 from knnlm_hf.memory.multi_embedding import MultiEmbeddingHead
-from knnlm_hf.memory.training import Recipe
+from knnlm_hf.memory.recipe import Recipe
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.study.forward import forwards, rows_of, spread
 from knnlm_hf.study.measure import Measured, measure

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from knnlm_hf.memory.checkpoint import remove_checkpoint
 from knnlm_hf.study.bootstrap import Comparison, compare
 from knnlm_hf.study.cost import forward_seconds
 from knnlm_hf.study.forward import Evaluation
@@ -130,6 +131,7 @@ def trained(
         write_json(folder / "losses.json", losses)
 
     path = study.workspace.keep("language_models", name, everything, make, resumes=True)
+    remove_checkpoint(path / "checkpoint")
     model = start()
     found = load_file(path / "model.safetensors")
     with torch.no_grad():

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from knnlm_hf.errors import KNNLMError
+from knnlm_hf.memory.checkpoint import Checkpoint
 from knnlm_hf.memory.schedule import cosine_rate
 from knnlm_hf.progress import bar
-from knnlm_hf.study.lm_checkpoint import Progress, load_progress, remove_progress, save_progress
 from knnlm_hf.study.lm_recipe import DTYPES, LMRecipe, LMTrained
 from knnlm_hf.types import check_count
 
@@ -97,7 +97,8 @@ def train_lm(
         window: inputs per window, T; shorter where the stream is.
         loss: what is trained on; validation is always by the next token.
         checkpoint: folder to write at every measurement and to continue from, with the same recipe
-            and tokens; removed at the end.
+            and tokens. It stays when training is over, and the same call then does nothing but take
+            its weights; remove the folder once the model is saved.
         progress: show loss and perplexity on stderr.
 
     Raises:
@@ -119,6 +120,19 @@ def train_lm(
             said = f"loss {value:.3f} · perplexity {math.exp(min(value, 700)):,.1f}{best}"
             shown.update(task, completed=run.now.step, rate=said)
     return run.finish()
+
+
+@dataclass
+class _Progress:
+    """How far a training is."""
+
+    step: int = 0
+    tokens: int = 0
+    stale: int = 0
+    """Measurements since the best one."""
+    best_loss: float = math.inf
+    valid_loss: float = math.nan
+    train_loss: float = math.nan
 
 
 class _Run:
@@ -150,13 +164,20 @@ class _Run:
             {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95))
-        self.folder = None if checkpoint is None else Path(checkpoint)
-        self.now = Progress()
+        self.now = _Progress()
         self.best: dict[str, Tensor] = {}
-        if self.folder is not None:
-            self.now, self.best = load_progress(
-                self.folder, self._identity(), self.parameters, self.optimizer
-            )
+        self.checkpoint = None
+        if checkpoint is not None:
+            identity = {
+                "recipe": asdict(recipe),
+                "window": self.window,
+                "tokens": self.digests,
+                "parameters": {name: list(p.shape) for name, p in self.parameters.items()},
+            }
+            self.checkpoint = Checkpoint(checkpoint, identity, self.parameters, self.optimizer)
+            found = self.checkpoint.load()
+            if found is not None:
+                self.now, self.best = _Progress(**found[0]), found[1]
         self.sum = self.count = 0.0
 
     def batches(self) -> Iterator[LMBatch]:
@@ -200,13 +221,11 @@ class _Run:
         return value
 
     def finish(self) -> LMTrained:
-        """Put the weights that are kept into the model, and remove the checkpoint."""
+        """Put the weights that are kept into the model."""
         with torch.no_grad():
             for name, best in self.best.items():
                 self.parameters[name].copy_(best)
         self.model.eval()
-        if self.folder is not None:
-            remove_progress(self.folder)
         return LMTrained(
             self.recipe, self.now.step, self.now.tokens, self.now.train_loss,
             self.now.best_loss if self.best else self.now.valid_loss, self._is_over(),
@@ -228,19 +247,9 @@ class _Run:
                 now.best_loss = now.valid_loss
             if is_better and self.recipe.patience is not None:
                 self.best = {n: p.detach().clone() for n, p in self.parameters.items()}
-        if self.folder is not None:
-            save_progress(
-                self.folder, now, self._identity(), self.parameters, self.best, self.optimizer
-            )
+        if self.checkpoint is not None:
+            self.checkpoint.save(now.step, asdict(now), self.best)
         torch.manual_seed(self.recipe.seed * 1_000_003 + now.step)  # dropout of a resumed run
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "recipe": asdict(self.recipe),
-            "window": self.window,
-            "tokens": self.digests,
-            "parameters": {name: list(p.shape) for name, p in self.parameters.items()},
-        }
 
 
 def _batch(tokens_N: Tensor, starts_B: Tensor, window: int, device: Any) -> LMBatch:

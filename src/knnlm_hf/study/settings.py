@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from knnlm_hf.errors import SettingError
-from knnlm_hf.memory.training import Recipe
+from knnlm_hf.memory.recipe import Recipe
 from knnlm_hf.types import check_count, check_k
 
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from knnlm_hf.datastore import atomic
 from knnlm_hf.errors import PersistenceError
-from knnlm_hf.folders import publish
 
 _DIGITS = 12
 
@@ -69,7 +68,7 @@ class Workspace:
                 for leftover in (unfinished, path):
                     atomic.remove(leftover)
                 make(unfinished)
-                publish(unfinished, path)
+                atomic.publish(unfinished, path)
         except OSError as error:
             reason = error.strerror or str(error) or type(error).__name__
             raise PersistenceError(

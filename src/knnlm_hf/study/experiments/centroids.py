@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from knnlm_hf.memory.centroids import CentroidMemory
 from knnlm_hf.memory.head import Head
-from knnlm_hf.memory.training import Recipe, train
+from knnlm_hf.memory.recipe import Recipe
+from knnlm_hf.memory.training import train
 from knnlm_hf.study import heads, retrieval
 from knnlm_hf.study.cost import evaluated, search_seconds
 from knnlm_hf.study.measure import Measured, against, measure

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from knnlm_hf.interpolation import mix
+from knnlm_hf.memory.entries import Batch
 from knnlm_hf.memory.head import Head
 from knnlm_hf.memory.multi_embedding import MultiEmbeddingHead
-from knnlm_hf.memory.training import Batch, Recipe, train
+from knnlm_hf.memory.recipe import Recipe
+from knnlm_hf.memory.training import train
 from knnlm_hf.study import heads
 from knnlm_hf.study.cost import forward_seconds
 from knnlm_hf.study.experiments.number_of_embeddings import measured
