@@ -23,7 +23,7 @@ clients: $(VENV)/.ready
 	OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=build/clients $(BIN)/python -m pytest -q \
 	    -o addopts="--import-mode=importlib" -n 2 tests/test_upstream.py
 	OMP_NUM_THREADS=1 PYTHONPATH=build/clients/site $(BIN)/python -m pytest -q \
-	    tests/test_clients.py -k quantised
+	    tests/test_quantised.py
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import tiny
 import torch
@@ -189,32 +188,3 @@ def test_pickled_to_a_dataloader_worker(knn: Any) -> None:
     )
     found = torch.cat(list(loader))
     torch.testing.assert_close(found.float(), torch.tensor(expected), atol=1e-3, rtol=1e-4)
-
-
-def test_weights_quantised_by_torchao(tmp_path: Path) -> None:
-    """Int8 weights: wrapped as the same model, mixed as exactly as the base allows."""
-    quantization = pytest.importorskip("torchao.quantization")
-    from transformers import TorchAoConfig
-
-    base = architectures.tiny("llama")
-    base.save_pretrained(tmp_path / "base")
-    vocabulary = base.config.vocab_size
-    corpus = [[token % vocabulary for token in row] for row in tiny.corpus(20)]
-    store = Datastore.build(base, corpus, tmp_path / "store", progress=False)
-    small = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", dtype=torch.float32, device_map="cpu",
-        quantization_config=TorchAoConfig(quantization.Int8WeightOnlyConfig()),
-    ).eval()  # fmt: skip
-    weight = small.model.layers[0].self_attn.q_proj.weight
-    assert "torchao" in type(weight).__module__
-    knn = KNNLMForCausalLM(small, KNNMemory(store, k=8), 0.5)
-    full = KNNLMForCausalLM(base, KNNMemory(store, k=8), 0.5)
-    with torch.no_grad():
-        shift = (small(IDS).logits - base(IDS).logits).abs().max()
-        assert (knn(IDS).logits - full(IDS).logits).abs().max() < 2 * shift
-        assert not torch.allclose(knn(IDS).logits, small(IDS).logits.log_softmax(-1), atol=0.05)
-    made = knn.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert made.shape == (1, 9)
-    again = Datastore.build(small, corpus, tmp_path / "again", progress=False)
-    KNNLMForCausalLM(base, KNNMemory(again, k=8), 0.5)  # the same model's states, nearly
-    assert (again.keys[:].float() - store.keys[:].float()).abs().max() < 0.2
