@@ -57,14 +57,26 @@ def check_metric(metric: str) -> Metric:
     raise SettingError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)}")
 
 
-def check_k(k: Any) -> int:
-    """Return `k` as an int if k ≥ 1; raise `SettingError` otherwise."""
+MOST_K = 1 << 20
+"""Neighbours that may be asked for where there are fewer entries."""
+
+
+def check_k(k: Any, entries: int | None = None) -> int:
+    """Return `k` as an int if k ≥ 1; raise `SettingError` otherwise.
+
+    With the number of a store's `entries`, k is bounded by them, or by `MOST_K` where that is more:
+    results are that wide, whatever there is to find.
+    """
     try:
         is_whole = not isinstance(k, bool) and int(k) == k
     except (TypeError, ValueError, OverflowError):
         is_whole = False
     if not is_whole or k < 1:
         raise SettingError(f"k is {k!r}, expected a whole number of neighbours, 1 or more")
+    if entries is not None and k > max(entries, MOST_K):
+        raise SettingError(
+            f"k is {k}, expected {max(entries, MOST_K):,} at most: there are {entries:,} entries"
+        )
     return int(k)
 
 
@@ -72,6 +84,8 @@ def check_count(name: str, value: Any) -> int:
     """Return `value` as an int if it is 1 or more; raise `SettingError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(f"{name} is {value!r}, expected a whole number, 1 or more")
+    if value > 1 << 62:
+        raise SettingError(f"{name} is {value}, expected a whole number that 64 bits hold")
     return value
 
 

@@ -27,7 +27,8 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KNNLMError as error:
-            typer.echo(f"error: {error}", err=True)
+            line = " ".join(str(error).splitlines())  # a name may have several
+            typer.echo(f"error: {line}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt:
             go_on = ": run the same command again to go on from here"

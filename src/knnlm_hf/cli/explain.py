@@ -11,7 +11,7 @@ from knnlm_hf.cli.groups import Loading, Memories, Mixture, grouped
 from knnlm_hf.cli.inputs import load_knn
 from knnlm_hf.cli.options import Json, Model, Stride, Window
 from knnlm_hf.cli.outputs import show
-from knnlm_hf.errors import CorpusError, KNNLMError
+from knnlm_hf.errors import CorpusError, KNNLMError, first_line
 
 app = typer.Typer()
 
@@ -58,8 +58,8 @@ def _read(name: str) -> str:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CorpusError(f"{name}: not UTF-8 text ({error.reason})") from error
-    except OSError as error:
-        raise CorpusError(f"{name}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        raise CorpusError(f"{name}: cannot be read: {first_line(error)}") from error
 
 
 def _write(path: Path, page: bytes) -> None:

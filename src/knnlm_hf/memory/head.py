@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from itertools import chain
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, ClassVar, Self
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from knnlm_hf import identity
 from knnlm_hf.datastore import DatastoreReader
-from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.errors import KNNLMError, SettingError, first_line
 from knnlm_hf.memory.head_files import HeadFiles
 from knnlm_hf.memory.kinds import register
 from knnlm_hf.memory.recipe import Recipe, Trained, recipe_with
@@ -124,7 +125,11 @@ class Head(HeadFiles, nn.Module):
         torch.manual_seed(recipe.seed)
         sizes = {"hidden_size": store.dim, "vocab_size": store.vocab_size, "layer": store.layer}
         head = cls._made(sizes | settings)
-        head.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            head.to(device)
+        except (AssertionError, RuntimeError) as error:
+            raise SettingError(f"device is {str(device)!r}: {first_line(error)}") from error
         head.origin = store.manifest.model
         if start is not None:
             start_from(head, start, store)
@@ -228,7 +233,15 @@ class Head(HeadFiles, nn.Module):
                 f"unknown setting {', '.join(map(str, unknown))}: {cls.__name__} has "
                 f"{', '.join(known) or 'none'}; a recipe has {', '.join(RECIPE_FIELDS)}"
             )
-        return cls(**settings)
+        try:
+            return cls(**settings)
+        except KNNLMError:
+            raise
+        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            said = ", ".join(f"{name}={shortened(value)}" for name, value in settings.items())
+            raise SettingError(
+                f"no {cls.__name__} can be made with {said}: {first_line(error)}"
+            ) from error
 
     @classmethod
     def _blank(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Self:

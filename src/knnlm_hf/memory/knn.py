@@ -69,10 +69,10 @@ class KNNMemory(KNNFiles):
         rescore: bool = False,
     ) -> None:
         self.metric: Metric = check_metric(metric)
-        self.k = k
         if temperature is not None:
             temperature = check_temperature(temperature)
         self.store = store if isinstance(store, DatastoreReader) else DatastoreReader.open(store)
+        self.k = k
         self.rescore = rescore
         self.index_name = index if isinstance(index, str) else _CUSTOM
         try:
@@ -115,7 +115,7 @@ class KNNMemory(KNNFiles):
 
     @k.setter
     def k(self, k: int) -> None:
-        self._k = check_k(k)
+        self._k = check_k(k, len(self.store))
 
     @property
     def temperature(self) -> float:
@@ -143,7 +143,7 @@ class KNNMemory(KNNFiles):
             `Neighbors` of (Q, k) tensors on the queries' device; missing hits −inf, −1, −1.
             Entries of removed documents are never among them.
         """
-        k = self.k if k is None else check_k(k)
+        k = self.k if k is None else check_k(k, len(self.store))
         if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
             raise KNNLMError(
                 f"queries have shape {tuple(queries.shape)}, expected (Q, {self.hidden_size}): "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,8 @@ def _is_sound(manifest: TargetManifest) -> bool:
         and manifest.rows <= manifest.entries
         and isinstance(manifest.teacher, dict)
         and all(shard.rows == manifest.shard_size for shard in whole)
+        and all(is_count(s.answered, s.rows, least=0) for s in manifest.shards)
+        and all(isinstance(s.kept, int | float) and isfinite(s.kept) for s in manifest.shards)
         and all(re.fullmatch(r"targets-\d{5,}\.safetensors", s.file) for s in manifest.shards)
     )
 
@@ -163,7 +166,8 @@ def load_shard(folder: Path, shard: TargetShard, manifest: TargetManifest) -> tu
         raise DatastoreError(f"{path}: is damaged: {first_line(error)}") from error
     if tokens_nT.dtype == torch.uint16:
         tokens_nT = tokens_nT.view(torch.int16)
-    shape = (shard.rows, manifest.tokens)
-    if tokens_nT.shape != shape or probs_nT.shape != shape or probs_nT.dtype != torch.float16:
+    shape, dtypes = (shard.rows, manifest.tokens), (tokens_nT.dtype, probs_nT.dtype)
+    is_sound = dtypes in ((torch.int16, torch.float16), (torch.int32, torch.float16))
+    if tokens_nT.shape != shape or probs_nT.shape != shape or not is_sound:
         raise DatastoreError(f"{path}: is damaged: not {shape[0]} × {shape[1]} soft targets")
     return tokens_nT, probs_nT

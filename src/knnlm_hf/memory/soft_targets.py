@@ -122,11 +122,20 @@ class SoftTargets:
 
         A row sums to 1, or to 0 for an entry without a neighbour. A token of probability 0 only
         fills the row.
+
+        Raises:
+            DatastoreError: numbers that are neither tokens nor probabilities.
         """
         tokens_QT = self._tokens[ids_Q].long()
         if tokens_QT.numel() and self._tokens.dtype == torch.int16:
             tokens_QT &= MOST_UINT16 - 1
         probs_QT = self._probs[ids_Q].float()
+        is_token_QT = (tokens_QT >= 0) & (tokens_QT < self.manifest.vocab_size)
+        if not bool((is_token_QT & (probs_QT >= 0) & probs_QT.isfinite()).all()):
+            raise DatastoreError(
+                f"{self.path}: is damaged: has tokens above {self.manifest.vocab_size - 1} or "
+                "probabilities that are none: build the soft targets again"
+            )
         return tokens_QT, probs_QT / probs_QT.sum(1, keepdim=True).clamp(min=1e-7)
 
     @property

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from knnlm_hf.errors import PersistenceError, SettingError
+from knnlm_hf.errors import PersistenceError, SettingError, first_line
 from knnlm_hf.memory.kinds import class_of
 
 MEMORY = "memory"
@@ -91,7 +91,7 @@ def _load(folder: Path, entry: Any, hub: dict[str, Any]) -> Any:
     except (PersistenceError, TypeError) as error:
         what = "datastore" if kind == "knn" else f"memory of kind {kind!r}"
         raise PersistenceError(
-            f"{folder}: its {what} is missing or damaged ({error}): pass memory=…"
+            f"{folder}: its {what} is missing or damaged ({first_line(error)}): pass memory=…"
         ) from error
 
 
@@ -99,6 +99,8 @@ def _source(folder: Path, entry: dict[str, Any]) -> str | Path:
     inside, source = entry.get("folder"), entry.get("source")
     if isinstance(inside, str):
         path = folder / inside
+        if not inside.isprintable():
+            raise PersistenceError(f"folder {inside!r} is no name of a folder")
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PersistenceError(f"folder {inside!r} leads out of {folder}")
         return path

@@ -20,6 +20,7 @@ from knnlm_hf.modeling.config import CODE, CODE_FILE, KNNLMConfig
 from knnlm_hf.modeling.fit import was_changed
 from knnlm_hf.modeling.memory_parts import load_memories, save_memories
 from knnlm_hf.persistence import is_hub_id, knn_model_card, local_folder
+from knnlm_hf.untrusted import read_json
 
 BASE = "base"
 
@@ -108,23 +109,35 @@ def load(
         memory = load_memories(folder, config.memories, shared)
     generation = None
     if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
+        generation = _generation_config(folder)
     return base_model, memory, config, generation
 
 
 def _config(folder: Path) -> KNNLMConfig:
     if not (folder / "config.json").is_file():
         raise PersistenceError(f"{folder}: no kNN model there: config.json is missing")
-    try:
-        values, _ = KNNLMConfig.get_config_dict(folder)
-    except (OSError, ValueError) as error:
-        raise PersistenceError(f"{folder}: config.json cannot be read") from error
+    values = read_json(folder, "config.json", PersistenceError)
+    if not isinstance(values, dict):
+        raise PersistenceError(f"{folder}: config.json is no object, expected that of a kNN model")
     if values.get("model_type") != KNNLMConfig.model_type:
         raise PersistenceError(
             f"{folder}: holds a {values.get('model_type')!r} model, expected a kNN model ('knnlm'):"
             " load it with AutoModelForCausalLM and wrap it"
         )
-    config: KNNLMConfig = KNNLMConfig.from_dict(values)
+    try:
+        config: KNNLMConfig = KNNLMConfig.from_dict(values)
+    except Exception as error:  # whatever transformers makes of its fields
+        raise PersistenceError(f"{folder}: config.json is damaged: {first_line(error)}") from error
+    return config
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    try:
+        config: GenerationConfig = GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers makes of its fields
+        raise PersistenceError(
+            f"{folder}: generation_config.json is damaged: {first_line(error)}"
+        ) from error
     return config
 
 
