@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.errors import CaptureError, KNNLMError, SettingError
 from knnlm_hf.study import (
     Settings,
     Study,
@@ -305,6 +305,14 @@ class TestRun:
         linked = study(tmp_path / "b", stores=[given.path]).store("att")
         assert linked.digest == given.digest
 
+    def test_layers_may_be_chosen(self, tmp_path):
+        assert study(tmp_path).layers == ("att", "ffn")
+        one = study(tmp_path, settings=Settings(k=16, layers=("ffn",)))
+        assert one.layers == ("ffn",)
+        assert one.evaluation("valid").states.keys() == {"ffn"}
+        with pytest.raises(CaptureError, match="nose"):
+            _ = study(tmp_path, settings=Settings(layers=("nose",))).layers
+
     def test_a_store_of_another_text_is_refused_and_not_kept(self, tmp_path):
         other = study(tmp_path / "a", train=tiny.corpus(19, 1)).store("att")
         with pytest.raises(KNNLMError):
@@ -314,6 +322,10 @@ class TestRun:
     def test_settings_are_checked(self):
         with pytest.raises(SettingError, match="eval_tokens is 0"):
             Settings(eval_tokens=0)
+        with pytest.raises(SettingError, match="layers is \\('att', 'att'\\)"):
+            Settings(layers=("att", "att"))
+        with pytest.raises(SettingError, match="layers is \\(\\)"):
+            Settings(layers=())
         with pytest.raises(SettingError, match="dtype is 'float8'"):
             Settings(head_dtype="float8")
         with pytest.raises(SettingError, match="exact_comparisons"):

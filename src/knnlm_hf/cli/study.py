@@ -50,6 +50,9 @@ def run(
     exact_comparisons: Annotated[
         float | None, typer.Option(help="Queries x entries of one exact search [6e10].")
     ] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="A layer to compare; repeatable [att and ffn].")
+    ] = None,
     k: Annotated[int | None, typer.Option(min=1, help="Neighbours per query [1024].")] = None,
     head_tokens: Annotated[
         int | None, typer.Option(min=1, help="Examples that training a head may see [its recipe].")
@@ -80,6 +83,7 @@ def run(
     given = {
         "train_tokens": train_tokens, "eval_tokens": eval_tokens, "k": k, "seed": seed,
         "exact_comparisons": exact_comparisons, "head_tokens": head_tokens,
+        "layers": tuple(layer) if layer else None,
         "head_negatives": head_negatives, "head_dtype": head_dtype,
         "lm_tokens": lm_tokens, "most_settings": most_settings, "batch_size": batch_size,
     }  # fmt: skip

@@ -24,6 +24,9 @@ class Settings:
     """Tokens scored of each of valid and test, in windows spread evenly over the split."""
     exact_comparisons: float = 6e10
     """Queries × entries that one exact search may cost; fewer evaluation tokens beyond that."""
+    layers: tuple[str, ...] | None = None
+    """Representations that are compared, the first of them the one to use where one is; None:
+    those of att and ffn that the model has."""
     k: int = 1024
     """Neighbours per query."""
     head_tokens: int | None = None
@@ -49,6 +52,8 @@ class Settings:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
         Recipe(dtype=self.head_dtype).check()
+        if self.layers is not None and len(set(self.layers)) != max(1, len(self.layers)):
+            raise SettingError(f"layers is {self.layers!r}, expected one or more different layers")
         for name in ("batch_size", "resamples"):
             check_count(name, getattr(self, name))
         if not self.exact_comparisons > 0:
@@ -58,7 +63,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "layers": self.layers and list(self.layers)}
 
 
 _BUDGETS = (

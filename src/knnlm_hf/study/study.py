@@ -76,7 +76,11 @@ class Study:
 
     @cached_property
     def layers(self) -> tuple[str, ...]:
-        """Those of att and ffn that the model has; final where it has neither."""
+        """Those of the settings; else those of att and ffn that the model has, or final."""
+        if self.settings.layers is not None:
+            for layer in self.settings.layers:
+                find(self.model, layer)
+            return self.settings.layers
         found = tuple(layer for layer in ("att", "ffn") if _has(self.model, layer))
         return found or ("final",)
 
