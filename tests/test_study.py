@@ -326,6 +326,9 @@ class TestRun:
             Settings(layers=("att", "att"))
         with pytest.raises(SettingError, match="layers is \\(\\)"):
             Settings(layers=())
+        for name, value in {"seed": -1, "k": 1 << 40, "exact_comparisons": math.inf}.items():
+            with pytest.raises(SettingError, match=f"{name} is"):
+                Settings(**{name: value})
         with pytest.raises(SettingError, match="dtype is 'float8'"):
             Settings(head_dtype="float8")
         with pytest.raises(SettingError, match="exact_comparisons"):

@@ -208,6 +208,27 @@ class TestCommand:
         again = CliRunner().invoke(app, ["study", "report", str(tmp_path / "out"), "--json"])
         assert json.loads(again.stdout)["report"] == facts["report"]
 
+    @pytest.mark.parametrize(
+        ("option", "said"),
+        [
+            ("--layer=nose", "nose"), ("--only=nothing", "nothing"), ("--seed=-1", "seed is -1"),
+            ("--exact-comparisons=nan", "nan"), ("--k=1000000000000", "k is 1000000000000"),
+        ],
+    )  # fmt: skip
+    def test_a_bad_setting_is_one_line_that_names_it(self, option, said, tmp_path):
+        model = tmp_path / "model"
+        tiny.gpt2().save_pretrained(model)
+        tiny.tokenizer().save_pretrained(model)
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(tiny.text(tiny.corpus(4, 0))))
+        splits = [f"--{split}={text}" for split in ("train", "valid", "test")]
+        given = ["study", "run", str(model), *splits, f"--out={tmp_path / 'out'}", option]
+        done = CliRunner().invoke(app, [*given, "--only=base_lm"])
+        assert done.exit_code == 2
+        assert isinstance(done.exception, SystemExit)
+        (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert said in line
+
     def test_an_unknown_experiment_is_one_line_and_exit_code_2(self, tmp_path):
         done = CliRunner().invoke(app, ["study", "report", str(tmp_path)])
         assert done.exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from knnlm_hf.cli.inputs import load_corpus, load_model
 from knnlm_hf.cli.options import Device, Dtype, Json, Lines, Model
 from knnlm_hf.cli.outputs import show
+from knnlm_hf.errors import KNNLMError
 
 app = typer.Typer(
     no_args_is_help=True, help="Run the paper's experiments on your own model and corpus."
@@ -97,8 +99,11 @@ def run(
     )  # fmt: skip
     try:
         results = study.run(one, only, command=shlex.join(["knnlm", *sys.argv[1:]]))
-    finally:  # also of what is finished where something failed or was interrupted
-        page = study.report(out)
+    except BaseException:  # what is finished is reported, though something failed or was stopped
+        with suppress(KNNLMError):  # nothing is
+            study.report(out)
+        raise
+    page = study.report(out)
     show({**{r["experiment"]: r["verdict"] for r in results}, "report": str(page)}, as_json)
 
 

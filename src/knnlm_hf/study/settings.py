@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from knnlm_hf.errors import SettingError
 from knnlm_hf.memory.recipe import Recipe
-from knnlm_hf.types import check_count, check_k
+from knnlm_hf.types import MOST_K, check_count, check_k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,11 @@ class Settings:
     """Of every random choice."""
 
     def __post_init__(self) -> None:
-        check_k(self.k)
+        check_k(self.k, MOST_K)
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= _LARGEST_SEED:
+            raise SettingError(
+                f"seed is {self.seed!r}, expected a whole number from 0 to {_LARGEST_SEED}"
+            )
         for name in _BUDGETS:
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
@@ -56,7 +61,7 @@ class Settings:
             raise SettingError(f"layers is {self.layers!r}, expected one or more different layers")
         for name in ("batch_size", "resamples"):
             check_count(name, getattr(self, name))
-        if not self.exact_comparisons > 0:
+        if not 0 < self.exact_comparisons < math.inf:
             raise SettingError(
                 f"exact_comparisons is {self.exact_comparisons!r}, expected a number above 0"
             )
@@ -66,6 +71,7 @@ class Settings:
         return {**asdict(self), "layers": self.layers and list(self.layers)}
 
 
+_LARGEST_SEED = (1 << 32) - 1
 _BUDGETS = (
     "train_tokens", "eval_tokens", "head_tokens", "head_negatives", "lm_tokens", "most_settings",
 )  # fmt: skip
