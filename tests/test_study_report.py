@@ -212,7 +212,8 @@ class TestCommand:
         ("option", "said"),
         [
             ("--layer=nose", "nose"), ("--only=nothing", "nothing"), ("--seed=-1", "seed is -1"),
-            ("--exact-comparisons=nan", "nan"), ("--k=1000000000000", "k is 1000000000000"),
+            ("--train-tokens=1", "train has 1 tokens"), ("--exact-comparisons=nan", "nan"),
+            ("--k=1000000000000", "k is 1000000000000"),
         ],
     )  # fmt: skip
     def test_a_bad_setting_is_one_line_that_names_it(self, option, said, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from knnlm_hf import identity
 from knnlm_hf.build import Datastore
 from knnlm_hf.capture import find
-from knnlm_hf.errors import CaptureError, KNNLMError
+from knnlm_hf.errors import CaptureError, CorpusError, KNNLMError
 from knnlm_hf.study.corpora import Text, read_text
 from knnlm_hf.study.forward import (
     Evaluation,
@@ -88,9 +88,15 @@ class Study:
         """The documents of a split as token ids; of train, the first `train_tokens`."""
         if split not in self._texts:
             limit = self.settings.train_tokens if split == "train" else None
-            self._texts[split] = read_text(
+            text = read_text(
                 self._corpora[split], self.tokenizer, self._config, limit, self.workspace
             )
+            if all(len(part) < 2 for part in text.documents):
+                raise CorpusError(
+                    f"{split} has {len(text)} tokens in {len(text.documents)} documents, expected "
+                    "a document of 2 tokens or more: there is nothing to predict"
+                )
+            self._texts[split] = text
         return self._texts[split]
 
     def rows(self, split: Split, stride: int | None = None) -> list[Window]:
