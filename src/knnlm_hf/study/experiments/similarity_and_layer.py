@@ -7,6 +7,7 @@ from knnlm_hf.study.cost import evaluated, index_seconds, search_seconds, store_
 from knnlm_hf.study.measure import Measured, against, measure
 from knnlm_hf.study.outcome import Outcome, Plot, Series, both
 from knnlm_hf.study.study import Study
+from knnlm_hf.study.verdicts import NOTABLE
 from knnlm_hf.types import METRICS
 
 
@@ -47,9 +48,11 @@ def similarity_and_layer(study: Study) -> Outcome:
         layers = against(study, best, found[f"{study.layers[1]}-l2"])
         metrics = against(study, best, found[f"{study.layers[0]}-ip"])
         sentence += f"; att against ffn {layers}, l2 against ip on att {metrics}"
+        sentence += "; a difference counts from half a percent"
         # Equal layers say something only where kNN does: from a gain of 5 %.
         is_equal = layers.equal and helps.large
-        holds, fails = holds and layers.better, fails or layers.worse or is_equal
+        holds = holds and layers.better and layers.high < NOTABLE
+        fails = fails or layers.worse or is_equal
     return Outcome(
         rows=rows, verdict=both(holds, fails), sentence=sentence + ".", plots=[_plot(rows)]
     )
