@@ -102,9 +102,9 @@ class MultiEmbeddingHead(Head):
             KNNLMError: a token without rows has no likelihood to train.
         """
         tokens_QT = self._targets(tokens, weights, hidden)
-        rows_QTM = self._rows_of(tokens_QT)
-        if bool((rows_QTM[..., 0] < 0).any()):
-            token = int(tokens_QT[rows_QTM[..., 0] < 0][0])
+        is_rowless_QT = self.row_counts[tokens_QT] == 0
+        if bool(is_rowless_QT.any()):
+            token = int(tokens_QT[is_rowless_QT][0])
             raise KNNLMError(f"token {token} has no row in this head: give it one, or leave it out")
         weights_QT = None if weights is None else weights.reshape(tokens_QT.shape).to(self.device)
         hidden_QD = self._flat(hidden) / self.temperature

@@ -13,7 +13,7 @@ from knnlm_hf.types import check_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """What matrix products may be in."""
-_LARGEST_SEED = (1 << 32) - 1
+LARGEST_SEED = (1 << 32) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,9 @@ class Recipe:
             check_count(name, getattr(self, name))
         if self.negatives is not None:
             check_count("negatives", self.negatives)
-        if not isinstance(self.seed, int) or abs(self.seed) > _LARGEST_SEED:
+        if not isinstance(self.seed, int) or abs(self.seed) > LARGEST_SEED:
             raise SettingError(
-                f"seed is {self.seed!r}, expected a whole number, at most {_LARGEST_SEED}"
+                f"seed is {self.seed!r}, expected a whole number, at most {LARGEST_SEED}"
             )
         if not 0 < self.lr < math.inf or not 0 <= self.warmup < 1:
             raise SettingError(

@@ -6,12 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from knnlm_hf.errors import SettingError
+from knnlm_hf.memory.recipe import DTYPES
 from knnlm_hf.types import check_count
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)

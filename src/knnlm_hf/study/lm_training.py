@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.memory.checkpoint import Checkpoint
+from knnlm_hf.memory.recipe import DTYPES
 from knnlm_hf.memory.schedule import cosine_rate
 from knnlm_hf.progress import bar
-from knnlm_hf.study.lm_recipe import DTYPES, LMRecipe, LMTrained
+from knnlm_hf.study.lm_recipe import LMRecipe, LMTrained
 from knnlm_hf.types import check_count
 
 

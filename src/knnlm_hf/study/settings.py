@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from knnlm_hf.errors import SettingError
-from knnlm_hf.memory.recipe import Recipe
+from knnlm_hf.memory.recipe import LARGEST_SEED, Recipe
 from knnlm_hf.types import MOST_K, check_count, check_k
 
 
@@ -49,9 +49,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_k(self.k, MOST_K)
-        if not isinstance(self.seed, int) or not 0 <= self.seed <= _LARGEST_SEED:
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= LARGEST_SEED:
             raise SettingError(
-                f"seed is {self.seed!r}, expected a whole number from 0 to {_LARGEST_SEED}"
+                f"seed is {self.seed!r}, expected a whole number from 0 to {LARGEST_SEED}"
             )
         for name in _BUDGETS:
             if getattr(self, name) is not None:
@@ -71,7 +71,6 @@ class Settings:
         return {**asdict(self), "layers": self.layers and list(self.layers)}
 
 
-_LARGEST_SEED = (1 << 32) - 1
 _BUDGETS = (
     "train_tokens", "eval_tokens", "head_tokens", "head_negatives", "lm_tokens", "most_settings",
 )  # fmt: skip
