@@ -183,6 +183,17 @@ def test_the_training_sample_is_drawn_by_seed(tmp_path, monkeypatch):
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.parametrize("spec", ["PQ4x4", "IVF4,PQ4x4", "RR16,IVF4,PQ4x4"])
+def test_centroids_are_not_sorted_for_a_filter_that_no_search_uses(tmp_path, spec):
+    keys = clustered(600, 16)
+    plain, never = (build(tmp_path / one, keys, one).index for one in (spec, spec + "np"))
+    assert np.array_equal(faiss.serialize_index(plain), faiss.serialize_index(never))
+    sorts = faiss.index_factory(16, spec)
+    sorts.train(keys.float().numpy())
+    sorts.add(keys.float().numpy())
+    assert not np.array_equal(faiss.serialize_index(plain), faiss.serialize_index(sorts))
+
+
 def test_a_graph_is_searched_as_far_as_k(tmp_path):
     keys = clustered(1000, 16)
     ids = build(tmp_path, keys, "HNSW16").search(keys[:8].float(), 500)[1]

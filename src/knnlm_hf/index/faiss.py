@@ -79,7 +79,7 @@ class FaissIndex(SearchIndex):
         self.keys = keys
         self.scores_are_exact = keys is not None
         self._ivf = faiss.try_extract_index_ivf(index)
-        parts = list(_parts(index))
+        parts = list(parts_of(index))
         self._hnsw = next((part.hnsw for part in parts if hasattr(part, "hnsw")), None)
         self._is_on_gpu = any(hasattr(part, "getDevice") for part in parts)
         self._host: FaissIndex | None = None
@@ -181,13 +181,13 @@ def _nearest_first(similarity_QK: Tensor) -> Tensor:
     return torch.from_numpy(order_QK)
 
 
-def _parts(index: Any) -> Iterator[Any]:
+def parts_of(index: Any) -> Iterator[Any]:
     """The index and those below its transforms and refinement, outermost first."""
     index = load_faiss().downcast_index(index)
     yield index
     for below in ("index", "base_index"):
         if hasattr(index, below):
-            yield from _parts(getattr(index, below))
+            yield from parts_of(getattr(index, below))
 
 
 def version() -> str:

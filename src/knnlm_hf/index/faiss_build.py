@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from knnlm_hf.errors import SearchIndexError
-from knnlm_hf.index.faiss import load_faiss, reason
+from knnlm_hf.index.faiss import load_faiss, parts_of, reason
 from knnlm_hf.progress import track
 from knnlm_hf.types import KeyRows, Metric
 
@@ -85,6 +85,11 @@ def fill(
     if ivf is not None:
         ivf.cp.seed = seed + 1234
         ivf.nprobe = min(lists, nprobe or default_nprobe(lists, len(keys)))
+    for part in parts_of(index):
+        # To sort a product quantiser's centroids for a Hamming filter, which no search here uses,
+        # takes several times as long as finding them, and changes no distance.
+        if hasattr(part, "do_polysemous_training"):
+            part.do_polysemous_training = False
     try:
         if not index.is_trained:
             index.train(_training_sample(keys, lists, seed))
