@@ -121,14 +121,18 @@ class ExactIndex(SearchIndex):
 def above(scores_QN: Tensor, floor_Q: Tensor, first: int) -> tuple[Tensor, Tensor]:
     """The scores above each row's floor and their ids, (Q, M), padded with −inf.
 
-    Most blocks hold few candidates, and finding those is much cheaper than a top-k of the block.
-    An equal score stays out: the floor's own entry has the lower id.
+    Most blocks hold few candidates, and finding those is much cheaper than a top-k of the block;
+    the first one, of a floor of −∞, is returned whole. An equal score stays out: the floor's own
+    entry has the lower id.
 
     Args:
         scores_QN: (Q, N) scores of a block.
         floor_Q: (Q,) the worst candidate so far.
         first: id of the block's first entry.
     """
+    if bool((floor_Q == -torch.inf).any()):
+        ids_N = torch.arange(first, first + scores_QN.shape[1], device=scores_QN.device)
+        return scores_QN, ids_N.expand_as(scores_QN)
     row_S, column_S = (scores_QN > floor_Q[:, None]).nonzero(as_tuple=True)
     count_Q = row_S.bincount(minlength=len(scores_QN))
     place_S = torch.arange(len(row_S), device=row_S.device)
