@@ -76,7 +76,7 @@ _BUDGETS = (
 )  # fmt: skip
 
 QUICK: dict[str, Any] = {
-    "train_tokens": 250_000, "eval_tokens": 6_000, "exact_comparisons": 1e9,
-    "head_tokens": 50_000, "lm_tokens": 40_000, "most_settings": 2, "resamples": 1000,
+    "train_tokens": 250_000, "eval_tokens": 5_000, "exact_comparisons": 1e9,
+    "head_tokens": 50_000, "lm_tokens": 30_000, "most_settings": 2, "resamples": 1000,
 }  # fmt: skip
 """What `--quick` sets: ten minutes on two cores for a small model; few findings are certain."""
