@@ -147,11 +147,11 @@ def mix_distributions(
     lm_V: Tensor, memories_V: Sequence[Tensor], lmbdas: Sequence[float]
 ) -> Tensor:
     """`mix` of whole distributions (..., V); a memory's row of only −inf leaves its share."""
-    return mix(lm_V, memories_V, lmbdas, [_has_hit(memory_V) for memory_V in memories_V])
+    return mix(lm_V, memories_V, lmbdas, [has_hit(memory_V) for memory_V in memories_V])
 
 
-def _has_hit(memory_V: Tensor) -> Tensor | None:
-    """Which rows a memory says something of; None where it is known to be all of them."""
+def has_hit(memory_V: Tensor) -> Tensor | None:
+    """Which rows (..., 1) a memory says something of; None where it is known to be all of them."""
     hit = memory_V.amax(dim=-1, keepdim=True) > -_INF
     # Shares that are numbers spare half of the small operations of a step; on a GPU, to look
     # would be to wait for it.

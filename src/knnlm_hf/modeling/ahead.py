@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from knnlm_hf.capture import Collector
+from knnlm_hf.interpolation import has_hit
 from knnlm_hf.parallel import pool
 
 _MOST_TOKENS = 16
@@ -44,7 +45,7 @@ class Ahead:
         self._early: list[Any] = []
         if on_cpu and not torch.is_grad_enabled():
             self._early = [memory for memory in memories if self._can_be_early(memory)]
-        self._asked: dict[int, tuple[Tensor, Future[Tensor]]] = {}
+        self._asked: dict[int, tuple[Tensor, Future[Answer]]] = {}
 
     def _can_be_early(self, memory: Any) -> bool:
         if isinstance(memory, nn.Module):  # its product is gained only on a second core
@@ -73,19 +74,32 @@ class Ahead:
         if early and heard.raw is not None and heard.raw.device.type == "cpu":
             states = kept()
             if states is not None:
-                self._asked[id(heard)] = heard.raw, pool.submit(_ask, memory, states)
+                future = pool.submit(_without_gradients, memory, states)
+                self._asked[id(heard)] = heard.raw, future
 
     def is_asked(self, heard: Collector) -> bool:
         """Whether the answer for these states is on its way."""
         return id(heard) in self._asked
 
-    def answer(self, heard: Collector) -> Tensor | None:
-        """The log-probabilities for what was heard last, if they were asked for."""
+    def answer(self, heard: Collector) -> Answer | None:
+        """The answer to what was heard last, if it was asked for."""
         raw, answer = self._asked.get(id(heard), (None, None))
         return answer.result() if answer is not None and raw is heard.raw else None
 
 
-@torch.no_grad()
-def _ask(memory: Any, states: Tensor) -> Tensor:
-    answer: Tensor = memory.log_probs(states)
-    return answer
+class Answer(NamedTuple):
+    """What a memory says of some states."""
+
+    log_probs: Tensor
+    """(..., V)."""
+    has_hit: Tensor | None
+    """(..., 1), see `interpolation.has_hit`."""
+
+
+def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answer:
+    """The memory's answer to states (..., D), on `device` (None: on theirs)."""
+    log_probs = memory.log_probs(states).to(device or states.device)
+    return Answer(log_probs, has_hit(log_probs))
+
+
+_without_gradients = torch.no_grad()(ask)

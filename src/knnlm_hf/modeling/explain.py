@@ -16,8 +16,8 @@ from torch.nn.functional import log_softmax
 
 from knnlm_hf.capture import Collector, listening
 from knnlm_hf.errors import DatastoreError, KNNLMError
-from knnlm_hf.interpolation import knn_weights, mix_distributions
-from knnlm_hf.modeling.mixture import memory_log_probs
+from knnlm_hf.interpolation import knn_weights
+from knnlm_hf.modeling.mixture import memory_answer, mix_answers
 from knnlm_hf.types import check_count, one_or_all
 from knnlm_hf.windows import check_window, windows
 
@@ -149,14 +149,14 @@ def _explain(
     tokenizer: Any,
 ) -> list[Explanation]:
     """Explain the positions from `first` on, as many as `lm_TV` has."""
-    memories_TV = [
-        memory_log_probs(states_TD, memory, lm_TV)
+    answers = [
+        memory_answer(states_TD, memory, lm_TV)
         for memory, states_TD in zip(knn.memories, states, strict=True)
     ]
-    mixed_TV = mix_distributions(lm_TV, memories_TV, knn.lmbdas)
+    mixed_TV = mix_answers(lm_TV, answers, knn.lmbdas)
 
     def said(t: int, token: int) -> tuple[float, float, Any]:
-        each = [float(memory_TV[t, token]) for memory_TV in memories_TV]
+        each = [float(answer.log_probs[t, token]) for answer in answers]
         return float(mixed_TV[t, token]), float(lm_TV[t, token]), one_or_all(each)
 
     predicted = mixed_TV.argmax(dim=-1).tolist()

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from knnlm_hf import identity
-from knnlm_hf.capture import CapturePoint, find
+from knnlm_hf.capture import CapturePoint, find, locate
 from knnlm_hf.errors import KNNLMError, ModelMismatchError
 from knnlm_hf.memory.base import Memory, as_memory
 from knnlm_hf.modeling.heads import bring
@@ -85,7 +85,7 @@ def check_fit(
     """Return where to capture, after checking that `memory` fits `model`."""
     point = find(model, layer)
     if layer != memory.layer and not allow_mismatch:
-        theirs = find(model, memory.layer)
+        theirs = locate(model, memory.layer)
         if (theirs.path, theirs.side) != (point.path, point.side):
             raise ModelMismatchError(
                 f"the memory holds states of layer {memory.layer!r}, asked to read {layer!r}: "
@@ -117,7 +117,7 @@ def check_fit(
 
 def after_slicing(model: PreTrainedModel, point: CapturePoint) -> bool:
     """Whether `logits_to_keep` has done its work before the states reach `point`."""
-    head = find(model, "final").path
+    head = locate(model, "final").path
     return point.path == head or point.path.startswith(f"{head}.")
 
 

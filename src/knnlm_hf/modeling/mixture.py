@@ -6,7 +6,7 @@ Shape suffixes: B batch, T position, D hidden dimension, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -15,8 +15,8 @@ from torch.nn.functional import log_softmax, pad
 
 from knnlm_hf.capture import Collector, arm, listening
 from knnlm_hf.errors import KNNLMError
-from knnlm_hf.interpolation import mix_distributions
-from knnlm_hf.modeling.ahead import Ahead
+from knnlm_hf.interpolation import mix
+from knnlm_hf.modeling.ahead import Ahead, Answer, ask
 
 if TYPE_CHECKING:
     from knnlm_hf.memory.base import Memory
@@ -133,45 +133,56 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     if asked:
         asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
         answers = [_answer(own, call, one, logits) for one in asked]
-        logits = mix_distributions(logits, answers, [one.lmbda for one in asked])
-    changed: dict[str, Any] = {"logits": logits}
-    if call.labels is not None:
-        changed["loss"] = _loss(knn, logits, call.labels, output, call.arguments)
-    output = dataclasses.replace(output, **changed)
+        logits = mix_answers(logits, answers, [one.lmbda for one in asked])
+    if call.labels is None:
+        output.logits = logits
+    else:  # a new object: an entry that is set later would come last in the tuple
+        loss = _loss(knn, logits, call.labels, output, call.arguments)
+        output = dataclasses.replace(output, logits=logits, loss=loss)
     return output.to_tuple() if call.as_tuple else output
 
 
-def _answer(own: Retrieval, call: _Call, asked: _Asked, lm: Tensor) -> Tensor:
-    """The memory's log-probabilities, for the positions of `lm`."""
+def _answer(own: Retrieval, call: _Call, asked: _Asked, lm: Tensor) -> Answer:
+    """What the memory says at the positions of `lm`."""
     early = call.ahead.answer(asked.heard)
+    if early is not None and early.log_probs.shape[:-1] == lm.shape[:-1]:
+        return _fitted(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
-    return memory_log_probs(states, asked.term.memory, lm, early)
+    return memory_answer(states, asked.term.memory, lm)
 
 
-def memory_log_probs(
-    states: Tensor, memory: Memory, like: Tensor, answer: Tensor | None = None
-) -> Tensor:
-    """The memory's answer, on the device and with the vocabulary of `like` (..., V).
+def memory_answer(states: Tensor, memory: Memory, like_V: Tensor) -> Answer:
+    """What the memory says of states (..., D), to be mixed with the model's `like_V` (..., V).
 
-    Args:
-        states: (..., D).
-        memory: its vocabulary may be smaller than V (padded embeddings), not larger.
-        like: log-probabilities of the model.
-        answer: the memory's log-probabilities for `states`, if they are there already.
+    Raises:
+        KNNLMError: states of another width than the memory's, or a vocabulary smaller than its.
     """
     if states.shape[-1] != memory.hidden_size:
         raise KNNLMError(
             f"the memory has {memory.hidden_size}-d states (layer {memory.layer!r}), the model "
             f"gives {states.shape[-1]}-d: use the model it was made with, or make it anew"
         )
-    answer = (memory.log_probs(states) if answer is None else answer).to(like.device)
-    missing = like.shape[-1] - answer.shape[-1]
+    return _fitted(ask(memory, states, like_V.device), like_V)
+
+
+def mix_answers(lm_V: Tensor, answers: Sequence[Answer], lmbdas: Sequence[float]) -> Tensor:
+    """Log of the mixture (..., V) of the model's log-probabilities `lm_V` and fitting answers."""
+    return mix(
+        lm_V, [answer.log_probs for answer in answers], lmbdas,
+        [answer.has_hit for answer in answers],
+    )  # fmt: skip
+
+
+def _fitted(answer: Answer, lm_V: Tensor) -> Answer:
+    """The answer for as many tokens as `lm_V` has, which may be padded."""
+    said_V, hit = answer
+    missing = lm_V.shape[-1] - said_V.shape[-1]
     if missing < 0:
         raise KNNLMError(
-            f"the memory has {answer.shape[-1]} tokens, the model only {like.shape[-1]}: use the "
+            f"the memory has {said_V.shape[-1]} tokens, the model only {lm_V.shape[-1]}: use the "
             "model it was made with, or make it anew"
         )
-    return pad(answer, (0, missing), value=-torch.inf) if missing else answer
+    return Answer(pad(said_V, (0, missing), value=-torch.inf) if missing else said_V, hit)
 
 
 def _kept_states(
