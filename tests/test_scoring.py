@@ -1,6 +1,7 @@
 """Scores against a plain loop: one token at a time, plain forward, plain hook, float64 kNN."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from datasets import Dataset
 from tiny_memory import head_of
 
-from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, score
+from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, score, tune
 from knnlm_hf.errors import CorpusError, KNNLMError, ModelMismatchError, SettingError
 from knnlm_hf.interpolation import knn_log_probs
 from knnlm_hf.memory import Evidence
@@ -333,11 +334,37 @@ def test_a_search_without_hits_gives_its_share_to_the_model_alone():
     assert scores.log_probs().exp().item() == pytest.approx(0.8 * 0.4 + 0.2 * 0.9)
 
 
-def test_training_mode_is_restored(knn):
-    knn.train()
-    perplexity(knn, held_out, progress=False)
-    assert knn.training
-    knn.eval()
+def test_every_module_s_mode_is_put_back(store, tmp_path):
+    """Frozen submodules in evaluation, and heads in a mode of their own."""
+    model = tiny.gpt2()
+    head = head_of(model, "ffn")
+    mixture = KNNLMForCausalLM(model, [head, KNNMemory(store, k=K)], lmbda=[0.1, 0.2])
+    mixture.train()
+    model.transformer.h[0].eval()
+    head.eval()
+    modules = [*mixture.modules(), *head.modules()]
+    before = [module.training for module in modules]
+    assert len(set(before)) == 2
+    seen = []
+    handle = model.lm_head.register_forward_hook(
+        lambda *_: seen.extend(module.training for module in modules)
+    )
+    for call in (score, perplexity, partial(tune, apply=False)):
+        call(mixture, held_out, progress=False)
+        assert [module.training for module in modules] == before
+    with pytest.raises(CorpusError, match="vocabulary"):
+        score(mixture, [held_out[-1], [1, tiny.VOCAB]], batch_size=1, progress=False)
+    assert [module.training for module in modules] == before
+    Datastore.build(mixture, held_out, tmp_path / "s", progress=False)
+    assert [module.training for module in modules] == before
+    mixture.eval()
+    head.train()
+    handle.remove()
+    score(mixture, held_out, progress=False)
+    assert head.training
+    assert not mixture.training
+    assert seen
+    assert not any(seen)
 
 
 def test_bad_input(knn):

@@ -285,6 +285,27 @@ def capturing(point: CapturePoint, *, _stop: bool = False) -> Iterator[Collector
         yield collector
 
 
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; after it every module is in the mode it was in.
+
+    Submodules count one by one, for a frozen part may be in evaluation inside a model in training.
+    With a wrapper go its memories that are modules: they follow it without being submodules.
+    """
+    memories = [getattr(module, "memories", None) for module in modules]
+    followers = [one for found in memories if isinstance(found, tuple) for one in found]
+    parts = [part for part in (*modules, *followers) if isinstance(part, nn.Module)]
+    inner = [module for part in parts for module in part.modules()]
+    training = [module.training for module in inner]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, mode in zip(inner, training, strict=True):
+            module.training = mode
+
+
 @torch.no_grad()
 def states(model: nn.Module, point: CapturePoint, input_ids: Tensor, **kwargs: Any) -> Tensor:
     """Return the states (B, T, D) at `point`, computing nothing after it.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnlm_hf.capture import find, states
+from knnlm_hf.capture import evaluating, find, states
 from knnlm_hf.corpus import Documents
 from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.card import card
@@ -53,8 +52,9 @@ class StoreBuild:
         rows = batches(
             ledger.read(self.texts), settings.window, settings.stride, settings.batch_size
         )
+        base: Any = getattr(self.model, "disable_retrieval", nullcontext)
         try:
-            with _evaluating(self.model):
+            with evaluating(self.model), base():
                 for batch in track(rows, "building", lambda b: b.new, show=progress):
                     if position + batch.new > done:  # else all of it is in finished shards
                         self._append(self._keys(batch)[max(0, done - position) :])
@@ -171,17 +171,3 @@ def check_corpus(folder: Path, manifest: Manifest, texts: Documents, progress: b
             f"{ledger.entries:,} entries, the store {manifest.entries:,}. Give the same corpus, or "
             "build into another folder"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no retrieval inside the block; every module's mode is put back after."""
-    training = [module for module in model.modules() if module.training]
-    base: Any = getattr(model, "disable_retrieval", nullcontext)
-    model.eval()
-    try:
-        with base():
-            yield
-    finally:
-        for module in training:
-            module.training = True

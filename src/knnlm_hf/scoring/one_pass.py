@@ -59,15 +59,11 @@ class OnePass:
 
     def __iter__(self) -> Iterator[TokenScores]:
         windows = batches(self.documents, self.window, self.stride, self.batch_size)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with capture.evaluating(self.model):
             for batch in track(
                 windows, "scoring", lambda b: int(b.is_new.sum()), show=self.progress
             ):
                 yield self.scorer.score(batch)
-        finally:
-            self.model.train(was_training)
 
 
 class _Scorer:
