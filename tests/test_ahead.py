@@ -134,6 +134,50 @@ def test_threads_are_given_back(store):
         torch.set_num_threads(before)
 
 
+def test_a_thread_that_begins_during_a_step_has_its_threads_too(store):
+    """Else each request would begin with one less than the one before it."""
+    began, go_on, seen = threading.Event(), threading.Event(), []
+
+    class Slow(KNNMemory):
+        def log_probs(self, hidden):
+            began.set()
+            go_on.wait(10)
+            return super().log_probs(hidden)
+
+    def step(memory):
+        with torch.no_grad():
+            KNNLMForCausalLM(tiny.gpt2(), memory)(IDS)
+
+    def request():
+        seen.append(torch.get_num_threads())
+        step(KNNMemory(store))
+        seen.append(torch.get_num_threads())
+
+    def in_a_thread(work, join=True):
+        thread = threading.Thread(target=work)
+        thread.start()
+        if join:
+            thread.join()
+        return thread
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        slow = in_a_thread(lambda: step(Slow(store)), join=False)
+        began.wait(10)
+        in_a_thread(request)
+        go_on.set()
+        slow.join()
+        assert seen == [3, 4]
+        in_a_thread(lambda: seen.append(torch.get_num_threads()))
+        assert seen[-1] == 4
+        torch.set_num_threads(3)  # on purpose: no thread is sparing one
+        in_a_thread(request)
+        assert seen[-2:] == [3, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_of_the_memory_reaches_the_caller(store):
     class Broken(KNNMemory):
         def log_probs(self, hidden):

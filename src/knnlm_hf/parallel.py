@@ -10,19 +10,61 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from threading import Thread
+from threading import Lock, Thread, local
+from typing import Any
 
 import torch
+
+# subtle: torch.set_num_threads is a thread's own setting, but also what threads begun later start
+# with. One that begins while another thread spares a core would have one too few for good.
+_seen = local()
+_lock = Lock()
+_sparing = 0
+"""How many threads spare a core at the moment."""
+_usual = 0
+"""What the thread has otherwise that spared one last."""
+
+
+def threads_here() -> int:
+    """How many threads torch uses in this one; mended where it began while one was spared."""
+    count = torch.get_num_threads()
+    if not hasattr(_seen, "before"):
+        _seen.before = True
+        if count + 1 == _usual and (_sparing or _in_a_new_thread(torch.get_num_threads) == _usual):
+            count = _usual
+            torch.set_num_threads(count)
+    return count
+
+
+def spare_a_core(threads: int) -> None:
+    """Let torch use one thread less here than `threads`, until `spare_none`."""
+    global _sparing, _usual
+    with _lock:
+        _sparing, _usual = _sparing + 1, threads
+    torch.set_num_threads(max(1, threads - 1))
+
+
+def spare_none(threads: int) -> None:
+    """Let torch use `threads` threads here again."""
+    global _sparing
+    torch.set_num_threads(threads)
+    with _lock:
+        _sparing -= 1
 
 
 def _use_one_core() -> None:
     """Keep this thread's torch operations on this thread."""
-    others = torch.get_num_threads()
+    others = threads_here()
     torch.set_num_threads(1)
-    # subtle: that is this thread's own setting, but also what threads begun later start with.
-    restoring = Thread(target=torch.set_num_threads, args=(others,))
-    restoring.start()
-    restoring.join()
+    _in_a_new_thread(lambda: torch.set_num_threads(others))
+
+
+def _in_a_new_thread(work: Callable[[], Any]) -> Any:
+    answers: list[Any] = []
+    thread = Thread(target=lambda: answers.append(work()))
+    thread.start()
+    thread.join()
+    return answers[0]
 
 
 pool = ThreadPoolExecutor(

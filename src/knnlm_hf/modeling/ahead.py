@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from knnlm_hf.capture import Collector
 from knnlm_hf.interpolation import has_hit
-from knnlm_hf.parallel import pool
+from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
 
 _MOST_TOKENS = 16
 """Beyond, model and search both fill all cores, and nothing is gained by having them share."""
@@ -41,7 +41,7 @@ class Ahead:
         """
         few = isinstance(tokens, Tensor) and tokens.shape[:2].numel() <= _MOST_TOKENS
         on_cpu = few and tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        self._threads = torch.get_num_threads()
+        self._threads = threads_here()
         self._early: list[Any] = []
         if on_cpu and not torch.is_grad_enabled():
             self._early = [memory for memory in memories if self._can_be_early(memory)]
@@ -54,12 +54,12 @@ class Ahead:
 
     def __enter__(self) -> Ahead:
         if self._early:
-            torch.set_num_threads(max(1, self._threads - 1))
+            spare_a_core(self._threads)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._early:
-            torch.set_num_threads(self._threads)
+            spare_none(self._threads)
 
     def ask(self, memory: Any, heard: Collector, kept: Callable[[], Tensor | None]) -> None:
         """Begin to answer what was just heard; a later pass replaces an earlier one.
