@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnlm_hf.errors import ModelMismatchError
+from knnlm_hf.errors import KNNLMError, ModelMismatchError
 
 _CONFIG_FIELDS = (
     "model_type",
@@ -40,6 +40,24 @@ _PER_TENSOR = 8
 _PROBE = "The quick brown  Fox's 12,345 jumps!?\n\n\tÜber naïve — 日本語 🙂 <x> ab@c.de\n"
 
 
+def without_adapters(model: Any) -> Any:
+    """The model of transformers inside a PEFT model; any other model is returned as it is.
+
+    Adapters that are layers of it, such as LoRA's, stay at work inside.
+
+    Raises:
+        KNNLMError: prompt learning, of which the model inside knows nothing.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise KNNLMError(
+            f"{type(model).__name__} puts virtual tokens before the text, which the model inside "
+            "it does not: prompt learning cannot be used here, expected LoRA or alike"
+        )
+    return model.get_base_model()
+
+
 def describe(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
     """What `differences` will compare another model with, as JSON-able data.
 
@@ -47,6 +65,7 @@ def describe(model: nn.Module, tokenizer: Any = None) -> dict[str, Any]:
         {"id", "revision", "architecture": for messages only,
          "config": {field: value}, "weights": {name: {"shape", "sample"}}, "tokenizer": hex | None}
     """
+    model = without_adapters(model)
     config: Any = model.config
     return {
         "id": getattr(config, "_name_or_path", "") or None,
@@ -81,6 +100,7 @@ def differences(recorded: dict[str, Any], model: nn.Module, tokenizer: Any = Non
     What only one side has (a tokenizer, weights that are quantised or not in memory) is not
     compared, but a recorded weight whose name the model lacks is a difference.
     """
+    model = without_adapters(model)
     config, found = _config_fields(model.config), []
     for field, value in recorded["config"].items():
         if field in config and config[field] != value:

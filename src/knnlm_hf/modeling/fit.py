@@ -17,13 +17,7 @@ from knnlm_hf.types import each
 
 def base_of(model: Any) -> PreTrainedModel:
     """The model of transformers that is to be wrapped."""
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise KNNLMError(
-                f"{type(model).__name__} puts virtual tokens before the text, which the model "
-                "inside it does not: prompt learning cannot be wrapped, expected LoRA or alike"
-            )
-        model = model.get_base_model()
+    model = identity.without_adapters(model)
     if not isinstance(model, PreTrainedModel):
         hint = " (wrap first, then torch.compile)" if hasattr(model, "_orig_mod") else ""
         raise KNNLMError(
