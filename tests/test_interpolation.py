@@ -104,6 +104,16 @@ def test_every_dtype_gives_float32(dtype):
     np.testing.assert_allclose(mixed.numpy(), expected, atol=1e-5)
 
 
+def test_the_gradient_where_neither_has_the_word():
+    """logaddexp(−inf, −inf) has a gradient of NaN; the mixture's is that of what there is."""
+    lm = torch.tensor([0.25, 0.75, 0.0], dtype=torch.float32).log().requires_grad_()
+    memory = torch.tensor([1.0, 0.0, 0.0]).log()
+    mixed = interpolation.mix(lm, [memory], [0.2])
+    assert mixed[2] == -INF
+    mixed[:2].sum().backward()  # d log(.8 p + .2 q) / d log p = .8 p / (.8 p + .2 q)
+    torch.testing.assert_close(lm.grad, torch.tensor([0.2 / 0.4, 1.0, 0.0]))
+
+
 def test_lambda_zero_is_exactly_the_model():
     lm = torch.randn(3, 7).log_softmax(-1)
     assert torch.equal(interpolation.mix(lm, [torch.full((3, 7), -INF)], [0.0]), lm)

@@ -129,8 +129,17 @@ def mix(
     if terms:
         mixed = mixed + _log_rest([(lmbda, hit) for _, lmbda, hit in terms])
     for memory, lmbda, _ in terms:
-        mixed = torch.logaddexp(mixed, memory.float() + math.log(lmbda))
+        mixed = _log_add(mixed, memory.float() + math.log(lmbda))
     return mixed
+
+
+def _log_add(a: Tensor, b: Tensor) -> Tensor:
+    """log(exp a + exp b), whose gradient is 0 where both are −inf; that of logaddexp is NaN."""
+    if not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        return torch.logaddexp(a, b)
+    nothing = (a == -_INF) & (b == -_INF)
+    sums = torch.logaddexp(a.masked_fill(nothing, 0.0), b.masked_fill(nothing, 0.0))
+    return sums.masked_fill(nothing, -_INF)
 
 
 def _log_rest(shares: Sequence[tuple[float, Tensor | None]]) -> float | Tensor:
