@@ -146,6 +146,13 @@ def test_a_hopeless_token_still_has_a_gradient():
     assert rows.grad[:, 0].tolist() == pytest.approx([1.0, -1.0])
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_no_state_at_all(n):
+    head = MultiEmbeddingHead(4, 5, n=n)
+    assert head.log_probs(torch.zeros(0, 4)).shape == (0, 5)
+    assert head.token_log_probs(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)).shape == (0,)
+
+
 def test_bfloat16_computes_in_it_and_sums_in_float32():
     torch.manual_seed(0)
     head = MultiEmbeddingHead(32, 50, n=2)

@@ -20,6 +20,7 @@ from tiny_memory import TinyMemory, memory_of
 from torch import Tensor, nn
 from transformers import AutoModel, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from knnlm_hf import Datastore
 from knnlm_hf.errors import CaptureError, KNNLMError, ModelMismatchError, SettingError
 from knnlm_hf.modeling import KNNLMForCausalLM
 
@@ -427,6 +428,34 @@ def test_answer_on_another_device_is_moved() -> None:
     assert torch.equal(KNNLMForCausalLM(model, memory, 0.6)(IDS).logits, knn(IDS).logits)
 
 
+@pytest.mark.parametrize(
+    "keep",
+    [torch.tensor(2), slice(1, 3), [1, 3], np.array([1, 3]), np.int64(2), IDS.new_zeros(0)],
+    ids=str,
+)
+def test_positions_are_chosen_as_the_model_chooses_them(keep: Any) -> None:
+    model, knn = pair()
+    truth = knn(IDS).logits[:, keep]
+    logits = knn(IDS, logits_to_keep=keep).logits
+    assert logits.shape == model(IDS, logits_to_keep=keep).logits.shape
+    torch.testing.assert_close(logits, truth)
+
+
+def test_what_a_forward_of_ones_own_keeps_stays_as_it_was() -> None:
+    model, knn = pair()
+    kept = []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept.append(GPT2LMHeadModel.forward(self, *args, **kwargs))
+        return kept[-1]
+
+    plain = model(IDS).logits
+    model.forward = MethodType(forward, model)
+    wrapped = KNNLMForCausalLM(model, knn.memory, 0.6)
+    assert torch.equal(wrapped(IDS).logits, knn(IDS).logits)
+    torch.testing.assert_close(kept[-1].logits, plain)
+
+
 def test_exchanged_modules_are_still_heard() -> None:
     """Resized embeddings put a new head into the model: `final` must not fall silent."""
     model = tiny("llama")
@@ -626,6 +655,24 @@ def test_peft() -> None:
     )
     with pytest.raises(KNNLMError, match="virtual tokens"):
         KNNLMForCausalLM(prompts, memory)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_datastore_of_a_peft_model_is_that_of_the_model_inside(tmp_path, whole: bool) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        tiny("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
+    base = adapted.get_base_model()
+    built_with, wrapped = (adapted, base) if whole else (base, adapted)
+    store = Datastore.build(built_with, [IDS[0].tolist()], tmp_path / "s", progress=False)
+    _, hidden = reference.run(adapted, (base.model.layers[1].mlp, True), IDS[:1])
+    np.testing.assert_allclose(store.keys[torch.arange(4)], hidden[0, :4], atol=2e-3, rtol=2e-3)
+    knn = KNNLMForCausalLM(wrapped, store)
+    assert torch.equal(knn(IDS).logits, KNNLMForCausalLM(built_with, store)(IDS).logits)
+    store.append(wrapped, [IDS[1].tolist()], progress=False)
+    with pytest.raises(ModelMismatchError, match="lacking"):
+        KNNLMForCausalLM(tiny("llama"), store)
 
 
 def test_peft_around_the_wrapper() -> None:

@@ -30,7 +30,7 @@ class TinyMemory:
         similarity_QK, ids_QK = similarity_QN.topk(min(self.k, len(self.keys)))
         probs_QV = torch.zeros(len(queries_QD), self.vocab_size)
         probs_QV.scatter_add_(1, self.values[ids_QK], (similarity_QK / self.t).softmax(dim=-1))
-        return probs_QV.log().reshape(*hidden.shape[:-1], -1)
+        return probs_QV.log().reshape(*hidden.shape[:-1], self.vocab_size)
 
     def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         return self.log_probs(hidden).gather(-1, tokens[..., None])[..., 0]

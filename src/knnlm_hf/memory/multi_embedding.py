@@ -148,7 +148,7 @@ class MultiEmbeddingHead(Head):
     def _by_token(self, logits_QR: Tensor) -> Tensor:
         """(Q, R) → (Q, V): log of the summed exp of each token's rows; −inf without a row."""
         if self._is_uniform:
-            logits_QVM = logits_QR.view(len(logits_QR), self.vocab_size, -1)
+            logits_QVM = logits_QR.view(len(logits_QR), self.vocab_size, self._most_rows)
             return logits_QR if self._most_rows == 1 else logits_QVM.logsumexp(2)
         shape = (logits_QR.shape[0], self.vocab_size)
         tokens_QR = self.row_tokens.expand_as(logits_QR)

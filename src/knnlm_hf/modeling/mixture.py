@@ -134,11 +134,13 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
         asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
         answers = [_answer(own, call, one, logits) for one in asked]
         logits = mix_answers(logits, answers, [one.lmbda for one in asked])
-    if call.labels is None:
-        output.logits = logits
-    else:  # a new object: an entry that is set later would come last in the tuple
-        loss = _loss(knn, logits, call.labels, output, call.arguments)
-        output = dataclasses.replace(output, logits=logits, loss=loss)
+    if call.labels is None and own.own_forward is None:
+        output.logits = logits  # nobody else has this object
+    else:
+        changed: dict[str, Any] = {"logits": logits}
+        if call.labels is not None:
+            changed["loss"] = _loss(knn, logits, call.labels, output, call.arguments)
+        output = dataclasses.replace(output, **changed)
     return output.to_tuple() if call.as_tuple else output
 
 
@@ -223,17 +225,18 @@ def _slice(states_BTD: Tensor, keep: Any) -> Tensor:
 
     Args:
         states_BTD: (B, T, D).
-        keep: the last n (0 or None: all), 1-D positions, 2-D positions per row, or a 2-D mask,
-            which gives (number of True, D).
+        keep: the last n (an int; 0 or None: all), 2-D positions per row, a 2-D mask, which gives
+            (number of True, D), or else any index of the positions: most often a 1-D tensor.
     """
-    if not isinstance(keep, Tensor):
+    if keep is None or isinstance(keep, int):
         return states_BTD[:, -keep:] if keep else states_BTD
-    keep = keep.to(states_BTD.device)
-    if keep.dim() == 2 and keep.dtype == torch.bool:
-        return states_BTD[keep]
-    if keep.dim() == 2:
-        return torch.take_along_dim(states_BTD, keep[..., None], dim=1)
-    return states_BTD[:, keep] if keep.dim() else _slice(states_BTD, int(keep))
+    if isinstance(keep, Tensor):
+        keep = keep.to(states_BTD.device)
+        if keep.dim() == 2 and keep.dtype == torch.bool:
+            return states_BTD[keep]
+        if keep.dim() == 2:
+            return torch.take_along_dim(states_BTD, keep[..., None], dim=1)
+    return states_BTD[:, keep]
 
 
 def _loss(
