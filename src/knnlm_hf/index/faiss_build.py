@@ -88,8 +88,9 @@ def fill(
     for part in parts_of(index):
         # To sort a product quantiser's centroids for a Hamming filter, which no search here uses,
         # takes several times as long as finding them, and changes no distance.
-        if hasattr(part, "do_polysemous_training"):
-            part.do_polysemous_training = False
+        for one in (part, getattr(part, "storage", None), getattr(part, "refine_index", None)):
+            if one is not None and hasattr(faiss.downcast_index(one), "do_polysemous_training"):
+                faiss.downcast_index(one).do_polysemous_training = False
     try:
         if not index.is_trained:
             index.train(_training_sample(keys, lists, seed))
