@@ -41,11 +41,13 @@ def score(
         batch_size: windows per forward pass.
         bos: True puts the beginning-of-sequence token before each document.
         exclude_self: the corpus is the datastore's own (of several memories: of every one that
-            searches): entry i is not found by token i.
+            searches), or whole documents from its beginning, removed ones too: entry i is not found
+            by token i.
         progress: show a bar on stderr.
 
     Raises:
         CorpusError: a missing, empty or unfit corpus. SettingError: window or stride out of range.
+        KNNLMError: `exclude_self` with another corpus than the store's, or with a subsample.
     """
     one_pass = OnePass(
         model, corpus, tokenizer=tokenizer, window=window, stride=stride,

@@ -20,6 +20,7 @@ from knnlm_hf.memory.evidence import searches
 from knnlm_hf.modeling import KNNLMForCausalLM
 from knnlm_hf.progress import track
 from knnlm_hf.scores import TokenScores
+from knnlm_hf.scoring.own_entries import OwnEntries
 from knnlm_hf.types import check_count
 from knnlm_hf.windows import Batch, batches, check_window
 
@@ -79,9 +80,7 @@ class _Scorer:
             self.points = model.capture_points
         for point in self.points:
             capture.arm(model, point)
-        if exclude_self and not any(searches(memory) for memory in self.memories):
-            raise KNNLMError("exclude_self needs a model with a datastore, found none")
-        self.next_entry = 0 if exclude_self else None
+        self.own_entries = OwnEntries(self.memories) if exclude_self else None
         accepted = inspect.signature(model.forward).parameters
         self.can_slice = "logits_to_keep" in accepted
         self.has_cache = "use_cache" in accepted
@@ -92,10 +91,12 @@ class _Scorer:
         is_new_BT = batch.is_new
         targets_N = batch.targets[is_new_BT]
         rows_N, columns_N = is_new_BT.nonzero(as_tuple=True)
+        documents_N = batch.documents.int()[rows_N]
+        own = self.own_entries
+        own_N = None if own is None else own.take(targets_N, documents_N)
         begun = time.perf_counter()
         lm_N, hidden_ND = self._forward(batch, targets_N)
         modelled = time.perf_counter()
-        own_N = self._own_entries(len(targets_N))
         found = tuple(
             evidence(memory, states_ND, targets_N, own_N if searches(memory) else None).cpu()
             for memory, states_ND in zip(self.memories, hidden_ND, strict=True)
@@ -104,7 +105,7 @@ class _Scorer:
         return TokenScores(
             lm_log_probs=lm_N.cpu(),
             tokens=targets_N.int(),
-            documents=batch.documents.int()[rows_N],
+            documents=documents_N,
             context=columns_N.int() + 1,
             memories=found,
             lmbdas=self.lmbdas,
@@ -137,12 +138,6 @@ class _Scorer:
         )
         rows = batch.input_ids.shape[0]
         return lm_N, [_new_states(one, rows, kept_T, is_kept_Bt) for one in heard]
-
-    def _own_entries(self, count: int) -> Tensor | None:
-        if self.next_entry is None:
-            return None
-        self.next_entry += count
-        return torch.arange(self.next_entry - count, self.next_entry)
 
 
 def _new_states(heard: capture.Collector, rows: int, kept_T: Tensor, is_kept_Bt: Tensor) -> Tensor:
