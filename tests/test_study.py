@@ -13,7 +13,8 @@ import pytest
 import tiny
 import torch
 
-from knnlm_hf.errors import CaptureError, KNNLMError, SettingError
+from knnlm_hf.errors import CaptureError, KNNLMError, PersistenceError, SettingError
+from knnlm_hf.index import built_indexes
 from knnlm_hf.study import (
     Settings,
     Study,
@@ -23,10 +24,12 @@ from knnlm_hf.study import (
     parts,
     retrieval,
     run,
+    workspace,
 )
 from knnlm_hf.study.bootstrap import blocks
 from knnlm_hf.study.catalogue import parse
 from knnlm_hf.study.forward import rows_of, spread
+from knnlm_hf.study.indexes import KeptIndex
 from knnlm_hf.study.parts import SIZES, cut, nearest_of
 from knnlm_hf.study.workspace import Workspace
 
@@ -138,6 +141,31 @@ class TestWorkspace:
         space.keep("things", "a", {}, lambda p: seen.extend(p.iterdir()), resumes=True)
         assert [path.name for path in seen] == ["half"]
 
+    def test_seconds_are_its_own_and_are_remembered(self, tmp_path, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr(workspace.time, "perf_counter", lambda: now[0])
+
+        def wait(seconds, *inner):
+            def make(path):
+                for name in inner:
+                    space.keep("things", name, {}, wait(2.0))
+                now[0] += seconds
+                path.write_text("x")
+
+            return make
+
+        space = Workspace(tmp_path)
+        outer = space.keep("things", "outer", {}, wait(5.0, "inner"))
+        assert list(space.spent.values()) == [0, 0]  # the wall clock has seen them
+        space.spent.clear()
+        space.keep("things", "outer", {}, wait(5.0))
+        assert space.spent == {outer: 5}
+        later = Workspace(tmp_path)
+        later.keep("things", "both", {}, wait(1.0))
+        for name in ("outer", "inner", "both"):
+            later.keep("things", name, {}, wait(0.0))
+        assert sorted(later.spent.values()) == [0, 2, 5]
+
     def test_full_disk_is_one_clear_line(self, tmp_path):
         (tmp_path / "things").write_text("a file in the way")
         with pytest.raises(KNNLMError, match="cannot be written"):
@@ -200,6 +228,21 @@ def test_spread_rows_by_hand():
     assert retrieval.some_rows(128, 64).tolist() == [*range(32, 64), *range(96, 128)]
 
 
+@pytest.mark.parametrize(("search", "is_shared"), [("auto", 0), ("codes", 0), ("exact", 1)])
+def test_an_index_is_of_one_seed(tmp_path, search, is_shared):
+    def index(seed):
+        one = study(tmp_path, settings=Settings(k=16, seed=seed))
+        return KeptIndex(one, one.store(), "l2", search)
+
+    first, second, again = index(0), index(1), index(0)
+    for one in (first, second, again):
+        assert len(one.open().search(torch.zeros(1, 24), 3)[1][0]) == 3
+    assert (first._folder == second._folder) is bool(is_shared)
+    assert first._folder == again._folder
+    seeds = [built_indexes(one._folder)[0][1].seed for one in (first, second)]
+    assert seeds == ([0, 0] if is_shared else [0, 1])
+
+
 class TestCatalogue:
     def test_every_experiment_is_described_and_runs_a_function_of_its_name(self):
         found = all_experiments()
@@ -238,6 +281,30 @@ class TestRun:
         assert {"seed", "split", "perplexity"} <= first["rows"][1].keys()
         assert first["versions"]["torch"] == torch.__version__
         assert first["seconds"] > 0
+
+    def test_a_row_costs_what_it_costs_from_nothing(self, tmp_path):
+        (first,) = run(study(tmp_path), ["base_lm"])
+        for record in (tmp_path / "evaluations").glob("*.json"):
+            facts = json.loads(record.read_text())
+            record.write_text(json.dumps(facts | {"seconds": 1000.0}))
+        (tmp_path / "results" / "base_lm.json").unlink()
+        (again,) = run(study(tmp_path), ["base_lm"])
+        assert first["seconds"] < 1000
+        assert 2000 <= again["seconds"] < 3000  # valid and test, which were there
+
+    @pytest.mark.parametrize("way", ["file", "impossible", "lock"])
+    def test_a_folder_that_cannot_be_written_is_one_line(self, tmp_path, way):
+        folder = tmp_path / "out"
+        if way == "file":
+            folder.write_text("in the way")
+        if way == "impossible":
+            (tmp_path / "out").write_text("in the way")
+            folder = folder / "below"
+        if way == "lock":
+            (folder / ".lock").mkdir(parents=True)
+        with pytest.raises(PersistenceError, match=r"out.*: cannot be written: ") as caught:
+            run(study(folder), ["base_lm"])
+        assert "\n" not in str(caught.value)
 
     def test_one_that_fails_does_not_stop_the_others(self, tmp_path, monkeypatch):
         from knnlm_hf.study.experiments import base_lm

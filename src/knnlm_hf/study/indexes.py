@@ -23,7 +23,7 @@ class KeptIndex:
     """One index: built when it is first asked for, found in the workspace afterwards.
 
     Args:
-        study: whose workspace it is kept in.
+        study: whose workspace it is kept in, and whose seed it is built with.
         store: the datastore.
         metric: l2 or ip.
         search: what kind, see `study.search`.
@@ -42,10 +42,14 @@ class KeptIndex:
             ids_N = cut(len(store), seed)[part]
             self.keys, self.values_N = ChosenRows(store.keys, ids_N), store.values[ids_N]
         self.spec = codes_spec(len(self.keys), store.dim) if search == "codes" else search
-        self.inputs: dict[str, Any] = {
+        entries: dict[str, Any] = {
             "store": store.digest, "metric": metric, "spec": self.spec,
             "part": None if part is None else {"seed": seed, "part": part},
         }  # fmt: skip
+        # An exact index has nothing random but its self-check's sample: one for all seeds.
+        self.seed = 0 if search == "exact" else seed
+        self.inputs = entries if search == "exact" else entries | {"seed": seed}
+        self._digest = digest(entries)
         self.name = "-".join(
             [store.layer, metric, search, *([] if part is None else [f"part{part}"])]
         )
@@ -67,10 +71,6 @@ class KeptIndex:
             )
         return index
 
-    @property
-    def _digest(self) -> str:
-        return digest(self.inputs)
-
     @cached_property
     def _folder(self) -> Path:
         return self.study.keep("indexes", self.name, self.inputs, self._build)
@@ -78,6 +78,6 @@ class KeptIndex:
     def _build(self, folder: Path) -> None:
         build_index(
             self.keys, self.values_N, folder, self.spec, metric=self.metric, digest=self._digest,
-            seed=self.study.settings.seed, nprobe=NPROBE if self.search == "codes" else None,
+            seed=self.seed, nprobe=NPROBE if self.search == "codes" else None,
             progress=self.study.show,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from knnlm_hf.errors import KNNLMError, first_line
 from knnlm_hf.study import catalogue
 from knnlm_hf.study.catalogue import Experiment
 from knnlm_hf.study.study import Study
-from knnlm_hf.study.workspace import digest, read_json, write_json
+from knnlm_hf.study.workspace import digest, read_json, write_json, writing
 
 _log = logging.getLogger(__name__)
 
@@ -47,23 +47,29 @@ def run(
     Raises:
         KNNLMError: an unknown name; another study is running in the folder; or, once all the
             others are finished, what experiments failed and why.
+        PersistenceError: the folder cannot be written.
     """
     experiments = catalogue.chosen(only)
     folder = study.workspace.folder / RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(study.workspace.folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise KNNLMError(
-            f"{study.workspace.folder}: another study is running there: wait for it, or choose "
-            "another folder"
-        ) from error
+    lock = _locked(study.workspace.folder)
     try:
         write_json(folder / "study.json", _facts(study))
         return _run_all(study, experiments, folder, command)
     finally:
         lock.release()
+
+
+def _locked(folder: Path) -> FileLock:
+    lock = FileLock(folder / ".lock", timeout=0)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise KNNLMError(
+                f"{folder}: another study is running there: wait for it, or choose another folder"
+            ) from error
+    return lock
 
 
 def _run_all(
@@ -98,8 +104,11 @@ def _run_all(
 
 
 def _run_one(study: Study, experiment: Experiment, inputs: str) -> dict[str, Any]:
+    spent = study.workspace.spent
+    spent.clear()
     begun = time.perf_counter()
     outcome = experiment.function()(study).to_dict()
+    seconds = time.perf_counter() - begun + sum(spent.values())  # what it costs from nothing
     seed = study.settings.seed
     return {
         "experiment": experiment.name,
@@ -110,7 +119,7 @@ def _run_one(study: Study, experiment: Experiment, inputs: str) -> dict[str, Any
         "finding": experiment.finding,
         **outcome,
         "rows": [{"seed": seed, "split": "test", **row} for row in outcome["rows"]],
-        "seconds": time.perf_counter() - begun,
+        "seconds": seconds,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "settings": study.settings.to_dict(),

@@ -1,7 +1,7 @@
 """A folder where everything expensive is made once, under a name that says what went into it.
 
     DIR/<kind>/<name>-<digest of the inputs>         a file or a folder
-    DIR/<kind>/<name>-<digest of the inputs>.json    its inputs and what it cost; written last
+    DIR/<kind>/<name>-<digest of the inputs>.json    its inputs and its seconds; written last
 
 What has no such record is not finished. Changed inputs give another name, so nothing stale is used.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ class Workspace:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        self.spent: dict[Path, float] = {}
+        """Seconds that what was asked for had cost before it was asked for; 0 of what is new.
+        Whoever wants to know what a part of a study needs clears it first."""
+        self._within = 0.0
 
     def keep(
         self,
@@ -56,27 +61,54 @@ class Workspace:
         """
         path = self.folder / kind / f"{name}-{digest(inputs)[:_DIGITS]}"
         record = path.with_name(path.name + ".json")
-        if record.is_file() and path.exists():
-            return path
-        begun = time.perf_counter()
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if resumes:
-                make(path)
-            else:
-                unfinished = atomic.temporary(path)
-                for leftover in (unfinished, path):
-                    atomic.remove(leftover)
-                make(unfinished)
-                atomic.publish(unfinished, path)
-        except OSError as error:
-            reason = error.strerror or str(error) or type(error).__name__
-            raise PersistenceError(
-                f"{path}: cannot be written: {reason}; what is finished is kept, so the same study "
-                "resumes once that is mended"
-            ) from error
-        write_json(record, {"inputs": inputs, "seconds": time.perf_counter() - begun})
+        with writing(
+            path, "; what is finished is kept, so the same study resumes once that is mended"
+        ):
+            if record.is_file() and path.exists():
+                self.spent.setdefault(path, _seconds(record))
+                return path
+            before, self._within = self._within, 0.0
+            begun = time.perf_counter()
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _make(path, make, resumes)
+            finally:  # its own seconds are without those of what was made while it was made
+                whole = time.perf_counter() - begun
+                own, self._within = whole - self._within, before + whole
+        write_json(record, {"inputs": inputs, "seconds": own})
+        self.spent[path] = 0.0
         return path
+
+
+def _make(path: Path, make: Callable[[Path], object], resumes: bool) -> None:
+    if resumes:
+        make(path)
+        return
+    unfinished = atomic.temporary(path)
+    for leftover in (unfinished, path):
+        atomic.remove(leftover)
+    make(unfinished)
+    atomic.publish(unfinished, path)
+
+
+def _seconds(record: Path) -> float:
+    found = read_json(record)
+    seconds = found.get("seconds") if isinstance(found, dict) else None
+    return float(seconds) if isinstance(seconds, int | float) else 0.0
+
+
+@contextmanager
+def writing(path: Path, more: str = "") -> Iterator[None]:
+    """What writes at a path: the system's refusal becomes one line that names it.
+
+    Raises:
+        PersistenceError: the disk is full, or cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        raise PersistenceError(f"{path}: cannot be written: {reason}{more}") from error
 
 
 def digest(data: Any) -> str:
@@ -92,12 +124,9 @@ def write_json(path: Path, data: Any) -> None:
         PersistenceError: the disk is full, or cannot be written.
     """
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(path, text.encode())
-    except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise PersistenceError(f"{path}: cannot be written: {reason}") from error
 
 
 def read_json(path: Path) -> Any:
