@@ -321,6 +321,18 @@ class TestRun:
         assert [r["experiment"] for r in run(study(tmp_path), names)] == names
         assert (tmp_path / "results" / "sparsification.json").stat().st_mtime_ns == before
 
+    def test_a_changed_helper_runs_a_row_again(self, tmp_path, monkeypatch):
+        code = tmp_path / "code"
+        (code / "experiments").mkdir(parents=True)
+        (code / "verdicts.py").write_text("NOTABLE = 0.995")
+        monkeypatch.setattr(catalogue, "FOLDER", code / "experiments")
+        (first,) = run(study(tmp_path / "out"), ["base_lm"])
+        (same,) = run(study(tmp_path / "out"), ["base_lm"])
+        (code / "verdicts.py").write_text("NOTABLE = 0.99")
+        (changed,) = run(study(tmp_path / "out"), ["base_lm"])
+        assert same == first
+        assert changed["inputs"] != first["inputs"]
+
     @pytest.mark.parametrize(
         "changes",
         [
@@ -334,6 +346,9 @@ class TestRun:
         (first,) = run(study(tmp_path), ["base_lm"])
         (again,) = run(study(tmp_path, **changes), ["base_lm"])
         assert again["at"] > first["at"] or again["inputs"] != first["inputs"]
+        assert (again["of"] == first["of"]) is ("settings" in changes)
+        facts = json.loads((tmp_path / "results" / "study.json").read_text())
+        assert facts["of"] == again["of"]
 
     def test_a_killed_run_resumes(self, tmp_path):
         code = (

@@ -123,6 +123,35 @@ class TestReport:
         (tmp_path / "results" / "base_lm.json").write_text(json.dumps(result(verdict=FAILS)))
         assert "does not hold" in report(tmp_path).read_text()
 
+    def test_results_of_another_model_are_left_out_and_named(self, tmp_path):
+        mine, other = {"model": "m", "train": "t"}, {"model": "n", "train": "t"}
+        write(tmp_path, result(of=mine), result("temperature", row=10, of=other, sentence="Other"))
+        (tmp_path / "results" / "study.json").write_text(json.dumps(FACTS | {"of": mine}))
+        page = report(tmp_path).read_text()
+        text = (tmp_path / "report" / "README.md").read_text()
+        for said in (page, text):
+            assert "Other" not in said
+            assert "results of another model or other texts, rows 10: run these again" in said
+        write_again = result("temperature", row=10, of=mine, sentence="Other")
+        (tmp_path / "results" / "temperature.json").write_text(json.dumps(write_again))
+        page = report(tmp_path).read_text()
+        assert "Other" in page
+        assert "left out" not in page
+
+    @pytest.mark.parametrize("damaged", ["{}", "[]", "null", "{", '{"plots": []}'])
+    def test_a_damaged_result_is_skipped(self, tmp_path, damaged):
+        write(tmp_path, result(), result("temperature"))
+        (tmp_path / "results" / "temperature.json").write_text(damaged)
+        assert report(tmp_path).read_text().count("<h2 id=") == 1
+        (tmp_path / "results" / "study.json").write_text(damaged)
+        with pytest.raises(KNNLMError, match="no results there"):
+            report(tmp_path)
+
+    def test_the_twin_says_the_seconds_too(self, tmp_path):
+        write(tmp_path, result(seconds=7.6))
+        assert "1 rows, 8 s" in report(tmp_path).read_text()
+        assert "1 rows, 8 s" in (tmp_path / "report" / "README.md").read_text()
+
     def test_without_results_it_says_what_to_do(self, tmp_path):
         with pytest.raises(KNNLMError, match="knnlm study run"):
             report(tmp_path)
@@ -197,7 +226,7 @@ class TestCommand:
             (tmp_path / f"{split}.txt").write_text(words)
         options = [f"--{s}={tmp_path / s}.txt" for s in ("train", "valid", "test")]
         given = ["study", "run", str(model), *options, f"--out={tmp_path / 'out'}", "--quick"]
-        given += ["--only=base_lm", "--eval-tokens=64", "--json"]
+        given += ["--only=base_lm, base_lm", "--eval-tokens=64", "--json"]
         done = CliRunner().invoke(app, given)
         assert done.exit_code == 0, done.output
         facts = json.loads(done.stdout)
@@ -211,6 +240,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("option", "said"),
         [
+            ("--only=base_lm,nothing", "no experiment 'nothing'"),
+            ("--only=base_lm nothing", "no experiment 'nothing'"),
+            ("--only=, ", "--only names no experiment"),
             ("--layer=nose", "nose"), ("--only=nothing", "nothing"), ("--seed=-1", "seed is -1"),
             ("--train-tokens=1", "train has 1 tokens"), ("--exact-comparisons=nan", "nan"),
             ("--k=1000000000000", "k is 1000000000000"),
@@ -224,7 +256,7 @@ class TestCommand:
         text.write_text(" ".join(tiny.text(tiny.corpus(4, 0))))
         splits = [f"--{split}={text}" for split in ("train", "valid", "test")]
         given = ["study", "run", str(model), *splits, f"--out={tmp_path / 'out'}", option]
-        done = CliRunner().invoke(app, [*given, "--only=base_lm"])
+        done = CliRunner().invoke(app, given)
         assert done.exit_code == 2
         assert isinstance(done.exception, SystemExit)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -24,8 +24,12 @@ Valid = Annotated[str, typer.Option("--valid", help="Corpus that settings are tu
 Test = Annotated[str, typer.Option("--test", help="Corpus that is reported.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder for everything; a killed run resumes.")]
 Only = Annotated[
-    list[str] | None, typer.Option("--only", help="An experiment to run; repeat for several.")
-]
+    list[str] | None,
+    typer.Option(
+        "--only", metavar="NAME…",
+        help="Experiments to run: repeat it, or 'a,b' or 'a b' in one value; see knnlm study list.",
+    ),
+]  # fmt: skip
 Quick = Annotated[
     bool, typer.Option("--quick", help="Ten minutes for a small model: samples of everything.")
 ]
@@ -98,13 +102,23 @@ def run(
         folder=out, stores=store or (), settings=study.Settings(**settings),
     )  # fmt: skip
     try:
-        results = study.run(one, only, command=shlex.join(["knnlm", *sys.argv[1:]]))
+        results = study.run(one, _names(only), command=shlex.join(["knnlm", *sys.argv[1:]]))
     except BaseException:  # what is finished is reported, though something failed or was stopped
         with suppress(KNNLMError):  # nothing is
             study.report(out)
         raise
     page = study.report(out)
     show({**{r["experiment"]: r["verdict"] for r in results}, "report": str(page)}, as_json)
+
+
+def _names(given: list[str] | None) -> list[str] | None:
+    """The experiments that --only names, in any of its ways; None: it was not given."""
+    if given is None:
+        return None
+    names = " ".join(given).replace(",", " ").split()
+    if not names:
+        raise KNNLMError("--only names no experiment: see knnlm study list, or leave it away")
+    return names
 
 
 @app.command("list")

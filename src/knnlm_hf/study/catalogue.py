@@ -6,6 +6,7 @@ Nothing is imported until an experiment is run, so that listing is quick.
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,17 +49,21 @@ class Experiment:
         estimate = getattr(module, "cost", None)
         return None if estimate is None else float(estimate(study))
 
-    @property
-    def source(self) -> bytes:
-        """The file, as it is now."""
-        return (FOLDER / f"{self.name}.py").read_bytes()
-
 
 @cache
 def all_experiments() -> tuple[Experiment, ...]:
     """All experiments, in the order of the paper's rows."""
     found = [_read(path) for path in FOLDER.glob("*.py") if not path.stem.startswith("_")]
     return tuple(sorted(found, key=lambda experiment: (experiment.row, experiment.name)))
+
+
+def code() -> str:
+    """Sha-256 of all files of the study, as they are now: a row's helpers decide with it."""
+    found = hashlib.sha256()
+    for path in sorted(FOLDER.parent.rglob("*.py")):
+        found.update(path.relative_to(FOLDER.parent).as_posix().encode() + b"\0")
+        found.update(path.read_bytes() + b"\0")
+    return found.hexdigest()
 
 
 def chosen(names: Sequence[str] | None) -> list[Experiment]:

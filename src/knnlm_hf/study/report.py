@@ -36,7 +36,8 @@ code { font-size: .85em; overflow-wrap: anywhere; }
 def report(folder: str | Path) -> Path:
     """Write `report/index.html`, `report/README.md` and its plots from the results in a folder.
 
-    Nothing is computed: it takes seconds, and can be made while a study is running.
+    Nothing is computed: it takes seconds, and can be made while a study is running. Results of
+    another model or other texts than the last run's are left out, and named as left out.
 
     Returns:
         the path of the HTML page.
@@ -45,13 +46,15 @@ def report(folder: str | Path) -> Path:
         KNNLMError: there are no results.
     """
     folder = Path(folder).expanduser()
-    results = [read_json(folder / RESULTS / f"{e.name}.json") for e in all_experiments()]
-    results = [result for result in results if result is not None]
     facts = read_json(folder / RESULTS / "study.json")
-    if not results or facts is None:
+    read = [read_json(folder / RESULTS / f"{e.name}.json") for e in all_experiments()]
+    whole = [result for result in read if _has(result, _SHOWN)]
+    if not whole or not _has(facts, _FACTS):
         raise KNNLMError(
             f"{folder}: no results there: run `knnlm study run … --out {folder}` first"
         )
+    results = [result for result in whole if result.get("of") == facts.get("of")]
+    facts["left out"] = [result["row"] for result in whole if result not in results]
     drawings = {
         (result["experiment"], number): plots.draw(plot, f"{result['experiment']}-{number}")
         for result in results
@@ -67,6 +70,19 @@ def report(folder: str | Path) -> Path:
     return target / "index.html"
 
 
+def _has(data: Any, names: set[str]) -> bool:
+    return isinstance(data, dict) and names <= data.keys()
+
+
+_SHOWN = {
+    "experiment", "title", "row", "section", "hypothesis", "finding", "verdict", "sentence", "rows",
+    "plots", "seconds",
+}  # fmt: skip
+_FACTS = {
+    "model", "architecture", "parameters", "vocabulary", "window", "stride", "tokens", "machine",
+}  # fmt: skip
+
+
 def _about(facts: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
     """What was studied, with what, as names and values."""
     about = {
@@ -75,6 +91,9 @@ def _about(facts: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, st
         "tokens": ", ".join(f"{split} {count:,}" for split, count in facts["tokens"].items()),
         "machine": facts["machine"],
     }
+    if facts["left out"]:
+        rows = ", ".join(map(str, facts["left out"]))
+        about["left out"] = f"results of another model or other texts, rows {rows}: run these again"
     for name, shown in _SHARED.items():
         found = {r["row"]: shown(r[name]) for r in results if r.get(name)}
         for value in dict.fromkeys(found.values()):
@@ -175,7 +194,10 @@ def _markdown(facts: dict[str, Any], results: list[dict[str, Any]]) -> str:
         for i, plot in enumerate(result["plots"], start=1):
             lines += [f"![{plot['title']}](plots/{name}-{i}.svg)", ""]
         head, body, left = table(result["rows"])
-        lines += [f"<details><summary>{len(result['rows'])} rows{_thinned(left, name)}</summary>"]
+        lines += [
+            f"<details><summary>{len(result['rows'])} rows{_thinned(left, name)}, "
+            f"{result['seconds']:.0f} s</summary>"
+        ]
         lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         lines += [f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |" for row in body]
         lines += ["", "</details>"]

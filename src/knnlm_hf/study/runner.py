@@ -36,8 +36,9 @@ def run(
     """Run the experiments that are not finished, and return the results of all that were asked for.
 
     An experiment is finished if its result is there and was made from the same model, texts,
-    settings and code. A run that is killed goes on where it was, with all that it had made. One
-    that fails does not keep the others from running.
+    settings and code, which is that of the whole study: once it has changed, all rows are run
+    again, on what is kept of the models, searches and heads. A run that is killed goes on where it
+    was, with all that it had made. One that fails does not keep the others from running.
 
     Args:
         study: what they are run on.
@@ -76,7 +77,8 @@ def _run_all(
     study: Study, experiments: list[Experiment], folder: Path, command: str
 ) -> list[dict[str, Any]]:
     say = Console(stderr=True, quiet=not study.show).print
-    wanted = {e.name: digest([study.inputs, e.source.decode()]) for e in experiments}
+    code = catalogue.code()
+    wanted = {e.name: digest([study.inputs, e.name, code]) for e in experiments}
     done = {e.name: read_json(folder / f"{e.name}.json") for e in experiments}
     done = {name: result for name, result in done.items() if _is_current(result, wanted[name])}
     left = [e for e in experiments if e.name not in done]
@@ -123,6 +125,7 @@ def _run_one(study: Study, experiment: Experiment, inputs: str) -> dict[str, Any
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
         "settings": study.settings.to_dict(),
+        "of": _of(study),
         "inputs": inputs,
     }
 
@@ -159,6 +162,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _of(study: Study) -> dict[str, str]:
+    """Digests of the model and the texts: results are reported together where these are equal."""
+    return {name: value for name, value in study.inputs.items() if name != "settings"}
+
+
 def _facts(study: Study) -> dict[str, Any]:
     """What the report says of the study as a whole."""
     return {
@@ -171,4 +179,5 @@ def _facts(study: Study) -> dict[str, Any]:
         "stride": study.stride,
         "tokens": {split: len(study.text(split)) for split in ("train", "valid", "test")},
         "machine": f"{platform.machine()}, {platform.system()}",
+        "of": _of(study),
     }
