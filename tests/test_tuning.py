@@ -15,7 +15,7 @@ from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, tune
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
-from knnlm_hf.tuning import fit, shares
+from knnlm_hf.tuning import descent, fit, shares
 from knnlm_hf.tuning.shares import best_shares
 
 
@@ -264,6 +264,105 @@ def test_a_useless_memory_beside_others_gets_nothing():
     best = fit(replace(scores, memories=(useless, head)))
     assert best.lmbda[0] == 0
     assert best.lmbda[1] == pytest.approx(fit(replace(scores, memories=(head,))).lmbda, abs=1e-3)
+
+
+def started_at(scores, *temperatures):
+    memories = [
+        replace(found, temperature=t)
+        for found, t in zip(scores.memories, temperatures, strict=True)
+    ]
+    return replace(scores, memories=tuple(memories))
+
+
+@pytest.mark.parametrize("start", [1e-30, 1e-4, 0.01, 1.0, 300.0, 1e5])
+def test_a_memory_s_temperature_may_be_far_off(start):
+    scores = table()
+    best = fit(started_at(scores, start), ks=[12, 50])
+    assert best.perplexity == pytest.approx(fit(scores, ks=[12, 50]).perplexity, rel=1e-4)
+    far = fit(started_at(scores, start), ks=[12, 50], temperatures=[start])
+    assert far.temperature == start  # what is asked for is not improved on
+    both = several(4, 150, ("search", "head", "search"))
+    found = fit(started_at(both, start, 1.0, 1 / start))
+    assert found.perplexity == pytest.approx(fit(both).perplexity, rel=1e-3)
+
+
+def sharp(n=400, k=32):
+    """Each query has two neighbours that matter, nearly equally near, and many far ones."""
+    generator = torch.Generator().manual_seed(0)
+    similarity = -100 * torch.rand(n, k, generator=generator).sort(1).values - 1
+    similarity[:, 0] = 0
+    similarity[:, 1] = -0.06 * torch.rand(n, generator=generator)
+    is_target = torch.zeros(n, k, dtype=torch.bool)
+    is_target[:, 0] = torch.rand(n, generator=generator) < 0.6
+    is_target[:, 1] = ~is_target[:, 0]
+    found = Evidence(similarity=similarity, is_target=is_target)
+    return replace(table(n=n), memories=(found,))
+
+
+def test_the_grid_of_temperatures_grows_while_its_end_is_the_best():
+    scores = sharp()
+    wide = [0.01 * 2 ** (step / 8) for step in range(80)]
+    best = fit(scores, ks=[32], temperatures=wide)
+    assert wide[0] < best.temperature < 0.5  # far below what the neighbourhoods' width suggests
+    for start in (1.5, 20.0, 290.0, 4000.0):
+        found = fit(started_at(scores, start), ks=[32])
+        assert found.perplexity == pytest.approx(best.perplexity, rel=1e-4)
+    # Seen from far below: from a grid that ends at 25 times the first t.
+    hot = fit(started_at(table(4), 2.0))
+    assert hot.temperature > 2 * 2 ** (14 / 3) * 1.3
+    assert hot.perplexity < fit(table(4), temperatures=[61.0]).perplexity
+
+
+def test_the_grid_does_not_grow_for_nothing(monkeypatch):
+    asked = []
+    compute = descent.knn_probabilities
+    monkeypatch.setattr(
+        descent,
+        "knn_probabilities",
+        lambda found, ks, ts: asked.append(len(ts)) or compute(found, ks, ts),
+    )
+    fit(table())
+    assert asked == [30, 8]
+    asked.clear()
+    nearest_only = fit(table(), ks=[1])  # no t matters
+    assert asked == [30, 15, 8]
+    assert nearest_only.temperature == pytest.approx(10 * 2**-5)
+
+
+def covering(found, tokens=3):
+    """The same memory, whose nearest neighbour carries each of the first tokens."""
+    if found.is_target is None:
+        return found
+    similarity, is_target = found.similarity.clone(), found.is_target.clone()
+    similarity[:tokens] = -torch.arange(found.k).float()
+    is_target[:tokens, 0] = True
+    return replace(found, similarity=similarity, is_target=is_target)
+
+
+@pytest.mark.parametrize("low", [-120.0, -math.inf])
+@pytest.mark.parametrize("kinds", [("search",), ("head",), ("search", "head", "search")])
+def test_tokens_that_the_model_gives_no_probability(kinds, low):
+    """A log P_LM that no float32 probability can hold, down to −∞."""
+    scores = several(5, 200, kinds)
+    lm = scores.lm_log_probs.clone()
+    lm[:3] = torch.tensor([low, -100.0, -95.0])
+    held = replace(scores, lm_log_probs=lm, memories=tuple(map(covering, scores.memories)))
+    best = fit(held)
+    found = best.lmbda, best.temperature, best.k
+    lmbdas, ts, ks = found if len(kinds) > 1 else ((value,) for value in found)
+    settings = [None if t is None else (t, k) for t, k in zip(ts, ks, strict=True)]
+    assert best.perplexity == pytest.approx(loop_of_several(held, lmbdas, settings), rel=1e-5)
+    assert best.base_perplexity == held.base_perplexity
+    assert best.helps
+    assert f" → {best.perplexity:.2f} with" in best.message
+
+
+def test_a_token_that_nobody_gives_probability():
+    scores = table()
+    scores.lm_log_probs[0] = -math.inf
+    scores.memories[0].is_target[0] = False
+    best = fit(scores)
+    assert best.perplexity == best.base_perplexity == math.inf
 
 
 @pytest.fixture(scope="module")

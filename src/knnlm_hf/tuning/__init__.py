@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +70,8 @@ def tune(
         model: a `KNNLMForCausalLM`.
         corpus: held-out text; options up to `bos` are `score`'s.
         ks: candidates, each at most the memory's k; None: that k and a few smaller ones.
-        temperatures: candidates; None: a wide geometric grid around the memory's, then refined.
+        temperatures: candidates; None: a wide geometric grid around the memory's (around the
+            evidence's own scale where that is far off), wider while its end is best, then refined.
         lmbdas: candidates, of several memories lists with one λ each; None: the exact optimum.
         apply: set the memory's k and temperature, and the model's lmbda, to the best.
     """
@@ -115,11 +115,9 @@ def fit(
     return _tuned(scores, *Descent(scores, ks, temperatures, lmbdas).run())
 
 
-def _tuned(
-    scores: TokenScores, gain: float, lmbdas: Sequence[float], chosen: Sequence[Choice]
-) -> Tuned:
-    base = scores.base_perplexity
-    mixed = base * math.exp(-gain)
+def _tuned(scores: TokenScores, lmbdas: Sequence[float], chosen: Sequence[Choice]) -> Tuned:
+    temperatures, ks = [one.temperature for one in chosen], [one.k for one in chosen]
+    base, mixed = scores.base_perplexity, scores.perplexity(lmbdas, temperatures, ks)
     if sum(lmbdas) < _NEGLIGIBLE_LMBDA:
         message = (
             f"the memory does not help on this text: the best lmbda is {sum(lmbdas):.2g} "
@@ -130,8 +128,7 @@ def _tuned(
         message = f"perplexity {base:.2f} → {mixed:.2f} with {'; '.join(settings)}"
     return Tuned(
         lmbda=one_or_all(lmbdas),
-        temperature=one_or_all([choice.temperature for choice in chosen]),
-        k=one_or_all([choice.k for choice in chosen]),
+        temperature=one_or_all(temperatures), k=one_or_all(ks),
         perplexity=mixed, base_perplexity=base, tokens=len(scores), message=message,
     )  # fmt: skip
 

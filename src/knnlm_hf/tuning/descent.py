@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from knnlm_hf.errors import KNNLMError
+from knnlm_hf.interpolation import default_temperature
+from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.tuning.grid import knn_probabilities
 from knnlm_hf.tuning.shares import best_of, best_share, best_shares
 from knnlm_hf.types import check_k, check_lmbdas, check_temperature
 
 _SWEEPS = 5
+_FAR = 16
+"""Factor from the scale of the evidence beyond which the grid is not around the memory's own t."""
+_SAMPLE = 64
+_EXTENSIONS = 4
+_WORTH_IT = 1e-6
+"""Nats that a t beyond the grid must gain: towards 0 and ∞ the gain only creeps to its limit."""
 
 
 class Choice(NamedTuple):
@@ -51,6 +59,7 @@ class Descent:
         self.temperatures = (
             None if temperatures is None else [*map(check_temperature, temperatures)]
         )
+        self.middles = [] if self.temperatures is not None else [*map(_middle, self.memories)]
         count = len(self.memories)
         self.candidates = None if lmbdas is None else [check_lmbdas(one, count) for one in lmbdas]
         self.inverse_N = (-scores.lm_log_probs).clamp(max=80).exp()
@@ -59,8 +68,8 @@ class Descent:
             silent if found.scores is None else self._fixed(found.scores) for found in self.memories
         ]
 
-    def run(self) -> tuple[float, tuple[float, ...], list[Choice]]:
-        """Gain over the model alone in nats per token, λs and settings."""
+    def run(self) -> tuple[tuple[float, ...], list[Choice]]:
+        """The best λs and settings."""
         lmbdas = self._shares()
         for _ in range(_SWEEPS):
             before = [choice[:2] for choice in self.chosen]
@@ -70,7 +79,7 @@ class Descent:
                     lmbdas = self._shares()
             if len(self.memories) == 1 or before == [choice[:2] for choice in self.chosen]:
                 break
-        return self._gain(lmbdas), lmbdas, self.chosen
+        return lmbdas, self.chosen
 
     def _fixed(self, scores_N: Tensor) -> Choice:
         return Choice(None, None, scores_N.exp() * self.inverse_N)
@@ -94,16 +103,35 @@ class Descent:
 
     def _settings(self, number: int, lmbdas: tuple[float, ...]) -> Choice:
         """The best k and t of one memory, its λ free, the others as they are."""
-        found, ks = self.memories[number], self.ks[number]
-        temperatures = self.temperatures
-        if temperatures is None:
-            temperatures = [found.temperature * 2 ** (step / 3) for step in range(-15, 15)]
-        best = max(self._grid(number, lmbdas, ks, temperatures), key=_preference)
-        if self.temperatures is None and best.choice.temperature and best.choice.k:
+        ks = self.ks[number]
+        if self.temperatures is not None:
+            return max(self._grid(number, lmbdas, ks, self.temperatures), key=_preference).choice
+        best = self._widely(number, lmbdas)
+        if best.choice.temperature and best.choice.k:
             near = [best.choice.temperature * 2 ** (step / 15) for step in range(-4, 5) if step]
             finer = self._grid(number, lmbdas, [best.choice.k], near)
             best = max(best, *finer, key=_preference)
         return best.choice
+
+    def _widely(self, number: int, lmbdas: tuple[float, ...]) -> _Found:
+        """The best of a grid of ten octaves, and of five more while its end is the best."""
+        ks, middle = self.ks[number], self.middles[number]
+        grid = [middle * 2 ** (step / 3) for step in range(-15, 15)]
+        best = max(self._grid(number, lmbdas, ks, grid), key=_preference)
+        for _ in range(_EXTENSIONS):
+            if best.choice.temperature == grid[0]:
+                more = [grid[0] * 2 ** (step / 3) for step in range(-15, 0)]
+                grid = [*more, *grid]
+            elif best.choice.temperature == grid[-1]:
+                more = [grid[-1] * 2 ** (step / 3) for step in range(1, 16)]
+                grid = [*grid, *more]
+            else:
+                break
+            further = max(self._grid(number, lmbdas, ks, more), key=_preference)
+            if further.gain < best.gain + _WORTH_IT:
+                break
+            best = further
+        return best
 
     def _grid(
         self, number: int, lmbdas: tuple[float, ...], ks: list[int], temperatures: Sequence[float]
@@ -130,6 +158,17 @@ class Descent:
 def _preference(found: _Found) -> tuple[float, float]:
     """Largest gain; among equals (λ = 0, say) the smallest λ."""
     return found.gain, -found.lmbda
+
+
+def _middle(found: Evidence) -> float:
+    """The t to search around: the memory's own, unless a sample of its queries says otherwise."""
+    if found.similarity is None:
+        return found.temperature
+    step = max(1, -(-len(found.similarity) // _SAMPLE))
+    usual = default_temperature(found.similarity[::step])
+    says_nothing = usual == 1.0
+    is_near = 1 / _FAR <= usual / found.temperature <= _FAR
+    return found.temperature if says_nothing or is_near else usual
 
 
 def _candidate_ks(kept: int, ks: Sequence[int] | None) -> list[int]:
