@@ -57,7 +57,10 @@ class TestRows:
         assert one["memory_perplexity"] == pytest.approx(ONE_ROW, rel=0.02)
         assert two["memory_perplexity"] == pytest.approx(BEST, rel=0.1)
         assert two["against_one"]["high"] < 0.9
-        assert number_of_embeddings(toy).verdict == "does not hold"
+        outcome = number_of_embeddings(toy)
+        assert outcome.verdict == "does not hold"
+        assert "not so: more of them do not help; all bring about half" in outcome.sentence
+        assert outcome.comparisons["share of kNN's gain, n = 1"].ratio < 0.4
 
     def test_the_matrix_has_part_of_the_datastore_s_gain(self, toy):
         outcome = trained_matrix(toy)
@@ -68,6 +71,8 @@ class TestRows:
         share = (6 - found["V×D matrix, att"]["perplexity"]) / (6 - BEST)
         said = float(outcome.sentence.split("%")[0].split()[-1]) / 100
         assert said == pytest.approx(share, abs=0.05)
+        assert outcome.verdict == "does not hold"
+        assert "not so: it brings about half of kNN's gain." in outcome.sentence
 
     def test_softmaxes_tell_it_too(self, toy):
         found = rows_by_name(mixture_of_softmaxes(toy))
@@ -98,6 +103,7 @@ class TestRows:
         assert plain["memory_perplexity"] == pytest.approx(BEST, rel=0.1)
         assert tuned["memory_perplexity"] == pytest.approx(BEST, rel=0.1)
         assert outcome.verdict == "does not hold"  # they keep all of kNN's gain
+        assert "far less than kNN's gain is left" in outcome.sentence.split("not so:")[1]
 
 
 class TestInterpolatedLoss:

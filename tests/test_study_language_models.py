@@ -228,6 +228,9 @@ class TestSoftLabels:
         assert found["trained on the next token"]["perplexity"] > 6.6
         assert outcome.verdict == "not decidable at this size"
         assert "decides nothing" in outcome.sentence
+        said = "of the perplexity of the one trained on the next token"
+        assert outcome.sentence.count(said) == 2
+        assert "kNN-LM's against the next token" in outcome.comparisons
         assert found["trained on kNN-LM's"]["trained_tokens"] == 1000
 
 

@@ -85,6 +85,8 @@ class TestRow8:
         assert found.rows[-1]["perplexity"] == pytest.approx(world.BIGRAM, rel=3e-3)
         assert found.rows[0]["perplexity"] < 1.45
         assert found.verdict == FAILS  # it saturates
+        assert found.comparisons["share of the gain at 50%"].low > 0.9
+        assert "not so: perplexity falls almost linearly; it does not saturate" in found.sentence
         assert found.plots[0].series[0].x == list(SIZES)
 
 

@@ -9,6 +9,7 @@ Shape suffixes: N token, B block, R resample.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,9 +40,14 @@ class Comparison:
     """Documents or runs of tokens that were resampled."""
 
     @property
+    def certain(self) -> bool:
+        """Whether the interval says anything: on 10 blocks or more."""
+        return self.blocks >= _FEWEST_BLOCKS
+
+    @property
     def better(self) -> bool:
         """Whether a is better than b with 95 % confidence; never on fewer than 10 blocks."""
-        return self.blocks >= _FEWEST_BLOCKS and self.high < 1
+        return self.certain and self.high < 1
 
     @property
     def large(self) -> bool:
@@ -51,15 +57,41 @@ class Comparison:
     @property
     def equal(self) -> bool:
         """Whether they differ by less than half a percent with 95 % confidence."""
-        return self.blocks >= _FEWEST_BLOCKS and 0.995 < self.low <= self.high < 1.005
+        return self.certain and 0.995 < self.low <= self.high < 1.005
 
     @property
     def worse(self) -> bool:
         """Whether a is worse than b with 95 % confidence; never on fewer than 10 blocks."""
-        return self.blocks >= _FEWEST_BLOCKS and self.low > 1
+        return self.certain and self.low > 1
 
     def __str__(self) -> str:
         return f"{self.ratio:.3f} × [{self.low:.3f}, {self.high:.3f}]"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The gain of setting a as a share of that of setting b, both over a base, in perplexity."""
+
+    ratio: float
+    """(PPL_base − PPL_a) ÷ (PPL_base − PPL_b)."""
+    low: float
+    """2.5 % quantile over the resamples; −∞ where b may have no gain to have a share of."""
+    high: float
+    """97.5 % quantile, or ∞."""
+    blocks: int
+    """Documents or runs of tokens that were resampled."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether the interval says anything: on 10 blocks or more."""
+        return self.blocks >= _FEWEST_BLOCKS
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.0%} [{self.low:.0%}, {self.high:.0%}]"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -81,6 +113,52 @@ def compare(
     Raises:
         KNNLMError: other lengths, no tokens, or a log-probability that is not finite.
     """
+    gap_N = _gap(a_N, b_N, documents_N)
+    means_R1, count = _resampled([gap_N], documents_N, seed, resamples)
+    low, high = np.exp(np.quantile(means_R1[:, 0], [0.025, 0.975])).tolist()
+    return Comparison(math.exp(float(gap_N.mean())), low, high, count)
+
+
+def share(
+    a_N: Tensor,
+    b_N: Tensor,
+    base_N: Tensor,
+    documents_N: Tensor,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Share:
+    """What part of b's gain over a base a has, by the log-probabilities of the same tokens.
+
+    Args:
+        a_N: (N,) log-probabilities under setting a, finite.
+        b_N: (N,) under setting b.
+        base_N: (N,) under what both are compared with.
+        documents_N, seed, resamples: as for `compare`.
+
+    Raises:
+        KNNLMError: as `compare`.
+    """
+    gaps = [_gap(one, base_N, documents_N) for one in (a_N, b_N)]  # log(PPL ÷ PPL_base), negated
+    means_R2, count = _resampled(gaps, documents_N, seed, resamples)
+    ratio, _ = _share(np.array([[float(gap_N.mean()) for gap_N in gaps]]))
+    ratios_R, has_gain = _share(means_R2)
+    low, high = (
+        np.quantile(ratios_R, [0.025, 0.975]).tolist() if has_gain else (-math.inf, math.inf)
+    )
+    return Share(float(ratio[0]), low, high, count)
+
+
+def _share(means_R2: Any) -> tuple[Any, bool]:
+    """(1 − PPL_a ÷ PPL_base) ÷ (1 − PPL_b ÷ PPL_base); whether b gains in 97.5 % of the rows."""
+    gains_R2 = -np.expm1(means_R2)
+    b_R = gains_R2[:, 1]
+    has_gain = bool(np.quantile(b_R, 0.025) > 0)
+    return gains_R2[:, 0] / np.where(b_R == 0, np.inf, b_R), has_gain
+
+
+def _gap(a_N: Tensor, b_N: Tensor, documents_N: Tensor) -> Tensor:
+    """(N,) float64, log p_b − log p_a."""
     if a_N.shape != b_N.shape or a_N.shape != documents_N.shape or not len(a_N):
         raise KNNLMError(
             f"settings with {len(a_N)} and {len(b_N)} tokens cannot be compared: score both on the "
@@ -89,9 +167,17 @@ def compare(
     gap_N = b_N.double() - a_N.double()
     if not bool(gap_N.isfinite().all()):
         raise KNNLMError("a token without probability cannot be compared: mix the memory first")
+    return gap_N
+
+
+def _resampled(
+    gaps: Sequence[Tensor], documents_N: Tensor, seed: int, resamples: int
+) -> tuple[Any, int]:
+    """(R, len(gaps)) means over resampled blocks, the same blocks for all; and how many blocks."""
     block_N = blocks(documents_N)
     count = int(block_N.max()) + 1
-    gap_B = torch.bincount(block_N, weights=gap_N, minlength=count).numpy()
+    sums = [torch.bincount(block_N, weights=gap_N, minlength=count) for gap_N in gaps]
+    gap_BG = torch.stack(sums, dim=1).numpy()
     size_B = torch.bincount(block_N, minlength=count).double().numpy()
     generator = np.random.default_rng(seed)
     means = []
@@ -99,9 +185,8 @@ def compare(
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         times_RB = generator.multinomial(count, np.full(count, 1 / count), size=rows)
-        means.append(times_RB @ gap_B / (times_RB @ size_B))
-    low, high = np.exp(np.quantile(np.concatenate(means), [0.025, 0.975])).tolist()
-    return Comparison(math.exp(float(gap_N.mean())), low, high, count)
+        means.append(times_RB @ gap_BG / (times_RB @ size_B)[:, None])
+    return np.concatenate(means), count
 
 
 def blocks(documents_N: Tensor) -> Tensor:

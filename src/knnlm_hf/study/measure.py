@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from knnlm_hf.scores import TokenScores, exp
-from knnlm_hf.study.bootstrap import Comparison, compare
+from knnlm_hf.study.bootstrap import Comparison, Share, compare, share
 from knnlm_hf.study.study import Study
 from knnlm_hf.tuning import Tuned, fit
 
@@ -83,6 +83,14 @@ def against(study: Study, a: Measured, b: Measured | None = None) -> Comparison:
     other = a.test.lm_log_probs if b is None else b.log_probs
     return compare(
         a.log_probs, other, a.test.documents,
+        seed=study.settings.seed, resamples=study.settings.resamples,
+    )  # fmt: skip
+
+
+def share_of(study: Study, a: Measured, b: Measured) -> Share:
+    """What part of b's gain over the model alone a has, on test."""
+    return share(
+        a.log_probs, b.log_probs, a.test.lm_log_probs, a.test.documents,
         seed=study.settings.seed, resamples=study.settings.resamples,
     )  # fmt: skip
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+from knnlm_hf.study.bootstrap import Comparison, Share
 
 Verdict = Literal["holds", "does not hold", "not decidable at this size"]
 HOLDS: Verdict = "holds"
@@ -52,6 +55,8 @@ class Outcome:
     sentence: str
     """Why: the numbers and intervals that say so."""
     plots: list[Plot] = field(default_factory=list)
+    comparisons: Mapping[str, Comparison | Share] = field(default_factory=dict)
+    """What decides the verdict, by what is compared with what: ratio, low, high, blocks."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON; ∞ becomes the string "inf", as JSON has none."""

@@ -92,8 +92,10 @@ def _about(facts: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, st
         "machine": facts["machine"],
     }
     if facts["left out"]:
-        rows = ", ".join(map(str, facts["left out"]))
-        about["left out"] = f"results of another model or other texts, rows {rows}: run these again"
+        others = ", ".join(map(str, facts["left out"]))
+        about["left out"] = (
+            f"results of another model or other texts, rows {others}: run these again"
+        )
     for name, shown in _SHARED.items():
         found = {r["row"]: shown(r[name]) for r in results if r.get(name)}
         for value in dict.fromkeys(found.values()):

@@ -72,6 +72,7 @@ def adaptive_embeddings(study: Study) -> Outcome:
                 ],
             )
         ],
+        comparisons={f"{best.name} against {same.name}": gain},
     )  # fmt: skip
 
 

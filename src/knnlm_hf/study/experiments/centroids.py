@@ -7,10 +7,12 @@ from knnlm_hf.memory.head import Head
 from knnlm_hf.memory.recipe import Recipe
 from knnlm_hf.memory.training import train
 from knnlm_hf.study import heads, retrieval
+from knnlm_hf.study.bootstrap import Comparison, Share
 from knnlm_hf.study.cost import evaluated, search_seconds
-from knnlm_hf.study.measure import Measured, against, measure
-from knnlm_hf.study.outcome import Outcome, Plot, Series, both
+from knnlm_hf.study.measure import Measured, against, measure, share_of
+from knnlm_hf.study.outcome import Outcome, Plot, Series, Verdict
 from knnlm_hf.study.study import Study
+from knnlm_hf.study.verdicts import FAR, NOTABLE, below, judged, within
 
 _ENTRIES_PER_CLUSTER, _FEWEST = 40, 16
 
@@ -40,21 +42,17 @@ def centroids(study: Study) -> Outcome:
     gains = {kind: against(study, one) for kind, one in found.items()}
     rows = [one.row(memory=kind, against_base=gains[kind].to_dict()) for kind, one in found.items()]
     rows[1]["against_plain"] = (further := against(study, tuned, plain)).to_dict()
-    of_knn = against(study, tuned, knn)
-    base = knn.test.base_perplexity
-    half = (base * knn.perplexity) ** 0.5
-    falls_short = tuned.perplexity > half
-    holds = gains["fine-tuned"].better and of_knn.worse and further.better and falls_short
-    fails = gains["fine-tuned"].worse or of_knn.better or (of_knn.worse and not falls_short)
-    fair = not heads.is_cut(study)
+    base, share = knn.test.base_perplexity, share_of(study, tuned, knn)
+    verdict, said = verdict_of(gains["fine-tuned"], share, further, fair=not heads.is_cut(study))
     return Outcome(
         rows=rows,
-        verdict=both(holds, fails or (fair and further.worse)),
+        verdict=verdict,
         sentence=(
             f"{clusters(study):,} centroids take the perplexity from {base:.2f} to "
             f"{plain.perplexity:.2f} ({gains['k-means']}), fine-tuned to {tuned.perplexity:.2f} "
-            f"({further} of those not), where the datastore gives {knn.perplexity:.2f}; "
-            f"{heads.said_of(study)}."
+            f"({further} of those not), where the datastore gives {knn.perplexity:.2f}: "
+            f"{share} of its gain; far less is less than half, little is {1 - NOTABLE:.1%} to "
+            f"{1 - FAR:.0%}; {heads.said_of(study)}{said}."
         ),
         plots=[
             Plot(
@@ -65,7 +63,29 @@ def centroids(study: Study) -> Outcome:
                 ],
             )
         ],
+        comparisons={
+            "fine-tuned against the model": gains["fine-tuned"],
+            "fine-tuned against k-means": further, "share of kNN's gain, fine-tuned": share,
+        },
     )  # fmt: skip
+
+
+def verdict_of(
+    gain: Comparison, share: Share, further: Comparison, *, fair: bool
+) -> tuple[Verdict, str]:
+    """Of the finding's three clauses.
+
+    Args:
+        gain: the fine-tuned centroids against the model alone.
+        share: their share of kNN's gain.
+        further: they against those of k-means.
+        fair: whether training had its chance.
+    """
+    return judged([
+        below("fine-tuned centroids help", gain).tried(fair),
+        below("far less than kNN's gain is left", share, 0.5),
+        within("training them on brings a little", further, FAR, NOTABLE).tried(fair),
+    ])  # fmt: skip
 
 
 def cost(study: Study) -> float:

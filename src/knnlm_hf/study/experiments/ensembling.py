@@ -89,6 +89,8 @@ def ensembling(study: Study) -> Outcome:
             "small where it is certainly less than kNN's own."
         ),
         plots=[_plot(found, base)],
+        comparisons={"kNN against the model": knn}
+        | {f"{name} against without": gain for name, gain in added.items()},
     )
 
 

@@ -57,6 +57,7 @@ def interpolated_loss(study: Study) -> Outcome:
             f"{own.test.base_perplexity:.2f}; a gain counts from half a percent; "
             f"{heads.said_of(study)}."
         ),
+        comparisons={"interpolated loss against its own": gain},
     )
 
 

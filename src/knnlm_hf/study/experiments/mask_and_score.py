@@ -66,6 +66,10 @@ def mask_and_score(study: Study) -> Outcome:
                 ],
             )
         ],
+        comparisons={
+            **{f"index against real, {choice}": pair for choice, pair in pairs.items()},
+            "real against the model, t fitted": helps,
+        },
     )  # fmt: skip
 
 

@@ -64,6 +64,9 @@ def memorisation(study: Study) -> Outcome:
             f"valid; interpolated (λ {found.tuned.lmbda:.2f}) they have {found.perplexity:.2f} on "
             f"test, {gain} of the model alone{why}."
         ),
+        comparisons={
+            "model and copy against the model": gain, "copy against the model, on valid": of_base,
+        },
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def mixture_of_softmaxes(study: Study) -> Outcome:
                 ],
             )
         ],
+        comparisons={f"{best.name} against {rival.name}": gain},
     )  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from knnlm_hf.study import retrieval
+from knnlm_hf.study.bootstrap import Comparison
 from knnlm_hf.study.cost import evaluated, index_seconds, search_seconds, store_seconds
 from knnlm_hf.study.measure import Measured, against, measure
-from knnlm_hf.study.outcome import Outcome, Plot, Series, both
+from knnlm_hf.study.outcome import UNDECIDED, Outcome, Plot, Series, Verdict
 from knnlm_hf.study.study import Study
-from knnlm_hf.study.verdicts import NOTABLE
+from knnlm_hf.study.verdicts import FAR, NOTABLE, below, every, judged, within
 from knnlm_hf.types import METRICS
 
 
@@ -26,36 +27,56 @@ def similarity_and_layer(study: Study) -> Outcome:
     19.17 (att-l2, oracle 14.23), 19.10 (att-ip), 20.73 (ffn-l2), 21.10 (ffn-ip), from 21.75.
     """
     found = {
-        f"{layer}-{metric}": _measure(study, layer, metric)
+        (layer, metric): _measure(study, layer, metric)
         for layer in study.layers
         for metric in METRICS
     }
-    gains = {name: against(study, one) for name, one in found.items()}
+    gains = {key: against(study, one) for key, one in found.items()}
     rows = [
-        one.row(layer=name.split("-")[0], metric=name.split("-")[1], against_base=gain.to_dict())
-        for (name, one), gain in zip(found.items(), gains.values(), strict=True)
+        one.row(layer=layer, metric=metric, against_base=gains[layer, metric].to_dict())
+        for (layer, metric), one in found.items()
     ]
-    names = list(found)
-    best = found[names[0]]
-    helps = gains[names[0]]
+    first = next(iter(found))
+    best = found[first]
     sentence = (
-        f"{names[0]} takes the perplexity from {best.test.base_perplexity:.2f} to "
-        f"{rows[0]['perplexity']:.2f} ({helps} of the model alone, λ {best.tuned.lmbda:.2f}, "
+        f"{best.name} takes the perplexity from {best.test.base_perplexity:.2f} to "
+        f"{best.perplexity:.2f} ({gains[first]} of the model alone, λ {best.tuned.lmbda:.2f}, "
         f"oracle {rows[0]['oracle_perplexity']:.2f})"
     )
-    holds, fails = helps.better, helps.worse
-    if len(study.layers) > 1:
-        layers = against(study, best, found[f"{study.layers[1]}-l2"])
-        metrics = against(study, best, found[f"{study.layers[0]}-ip"])
+    comparisons = {f"{found[key].name} against the model": gain for key, gain in gains.items()}
+    missing = [layer for layer in ("att", "ffn") if layer not in study.layers]
+    verdict: Verdict = UNDECIDED
+    said = f"; the finding compares att with ffn, and here is no {' and no '.join(missing)}"
+    if not missing:
+        layers = against(study, found["att", "l2"], found["ffn", "l2"])
+        metrics = against(study, found["att", "l2"], found["att", "ip"])
+        comparisons |= {"att-l2 against ffn-l2": layers, "att-l2 against att-ip": metrics}
+        verdict, said = verdict_of(list(gains.values()), layers, metrics)
         sentence += f"; att against ffn {layers}, l2 against ip on att {metrics}"
-        sentence += "; a difference counts from half a percent"
-        # Equal layers say something only where kNN does: from a gain of 5 %.
-        is_equal = layers.equal and helps.large
-        holds = holds and layers.better and layers.high < NOTABLE
-        fails = fails or layers.worse or is_equal
-    return Outcome(
-        rows=rows, verdict=both(holds, fails), sentence=sentence + ".", plots=[_plot(rows)]
+    sentence += (
+        f"; a difference counts from {1 - NOTABLE:.1%}, and far better is {1 - FAR:.0%} or more "
+        f"(the paper's att has 0.925 × the perplexity of its ffn){said}."
     )
+    return Outcome(
+        rows=rows, verdict=verdict, sentence=sentence, plots=[_plot(rows)], comparisons=comparisons
+    )
+
+
+def verdict_of(
+    gains: list[Comparison], layers: Comparison, metrics: Comparison
+) -> tuple[Verdict, str]:
+    """Of the finding's three clauses.
+
+    Args:
+        gains: each of the four, against the model alone.
+        layers: att against ffn.
+        metrics: l2 against ip on att.
+    """
+    return judged([
+        every("all help", [below("", gain) for gain in gains]),
+        below("att is far better than ffn", layers, FAR),
+        within("l2 and ip are equal on att", metrics, NOTABLE, 1 / NOTABLE),
+    ])  # fmt: skip
 
 
 def cost(study: Study) -> float:

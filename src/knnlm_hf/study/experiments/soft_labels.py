@@ -70,6 +70,11 @@ def soft_labels(study: Study) -> Outcome:
         })  # fmt: skip
     fair = language_models.has_converged(study, hard)
     best = min(gains.values(), key=lambda gain: gain.ratio)
+    said = "; ".join(
+        f"trained on {name} distribution a fresh model has {gain} of the perplexity of the one "
+        "trained on the next token"
+        for name, gain in gains.items()
+    )
     why = "" if fair else "; it is far from the model's own perplexity, so this decides nothing"
     return Outcome(
         rows=rows,
@@ -77,9 +82,9 @@ def soft_labels(study: Study) -> Outcome:
         sentence=(
             f"A fresh model trained on the next token ({hard}) has a perplexity of "
             f"{rows[0]['perplexity']:.2f}, where the model has {rows[0]['base_perplexity']:.2f}; "
-            f"{'; '.join(f'trained on {name} distribution {gain}' for name, gain in gains.items())}"
-            f" of that{why}."
+            f"{said}{why}."
         ),
+        comparisons={f"{name} against the next token": gain for name, gain in gains.items()},
     )
 
 

@@ -61,6 +61,7 @@ def sparsification(study: Study) -> Outcome:
                 series=[Series("interpolated", ks, [row["perplexity"] for row in rows])],
             )
         ],
+        comparisons={f"{best.name} against the model": gain},
     )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def temperature(study: Study) -> Outcome:
     real = curves[WHOLE, MODES[2].name]
     best = index.at(index.best)
     borrowed = against(study, index.at(real.best), best)
-    at_one = against(study, index.at(1.0), best)
+    at_one, helps = against(study, index.at(1.0), best), against(study, best)
     said = {
         size: ", ".join(f"{curves[size, mode.name].best / scale:.2g}" for mode in MODES)
         for size in PARTS
@@ -79,7 +79,7 @@ def temperature(study: Study) -> Outcome:
         rows=rows,
         verdict=both(
             borrowed.worse and not borrowed.equal,
-            borrowed.equal and against(study, best).large,  # else any t would be as good
+            borrowed.equal and helps.large,  # else any t would be as good
         ),
         sentence=(
             f"In units of the self-check's temperature, {scale:.3g}, the best for "
@@ -88,6 +88,11 @@ def temperature(study: Study) -> Outcome:
             f"give {borrowed} of their best perplexity, and at the paper's t = 1 {at_one}."
         ),
         plots=[_plot(size, curves, scale) for size in PARTS],
+        comparisons={
+            "index's scores at the real ones' temperature against their own best": borrowed,
+            "index's scores at t = 1 against their own best": at_one,
+            "index's scores against the model": helps,
+        },
     )
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from knnlm_hf.study import heads, retrieval
+from knnlm_hf.study.bootstrap import Comparison, Share
 from knnlm_hf.study.cost import evaluated, search_seconds, store_seconds
-from knnlm_hf.study.measure import Measured, against, measure
-from knnlm_hf.study.outcome import Outcome, Plot, Series, both
+from knnlm_hf.study.measure import Measured, against, measure, share_of
+from knnlm_hf.study.outcome import Outcome, Plot, Series
 from knnlm_hf.study.study import Study
-from knnlm_hf.study.verdicts import NOTABLE
+from knnlm_hf.study.verdicts import ABOUT, about_half, below, judged
 
 
 def trained_matrix(study: Study) -> Outcome:
@@ -37,23 +38,31 @@ def trained_matrix(study: Study) -> Outcome:
         for one, layer, gain in zip((*found.values(), knn), (*found, first), gains, strict=True)
     ]
     base, best = knn.test.base_perplexity, found[first]
-    share = (base - best.perplexity) / max(1e-9, base - knn.perplexity)
-    of_knn = against(study, best, knn)
-    holds = gains[0].better and of_knn.worse
-    fails = gains[0].worse or of_knn.better
-    fails |= not heads.is_cut(study) and gains[0].low > NOTABLE
+    share, of_knn = share_of(study, best, knn), against(study, best, knn)
+    comparisons: dict[str, Comparison | Share] = {
+        "matrix against the model": gains[0], "matrix against kNN": of_knn,
+        "share of kNN's gain": share,
+    }  # fmt: skip
+    clauses = [
+        below("the matrix helps", gains[0]),
+        about_half("it brings about half of kNN's gain", share),
+    ]
     sentence = (
         f"One trained row per word on {first} takes the perplexity from {base:.2f} to "
-        f"{best.perplexity:.2f} ({gains[0]} of the model alone), {share:.0%} of kNN's gain "
-        f"({knn.perplexity:.2f}; the matrix against kNN {of_knn})"
+        f"{best.perplexity:.2f} ({gains[0]} of the model alone), {share} of kNN's gain "
+        f"({knn.perplexity:.2f}; the matrix against kNN {of_knn}); about half is "
+        f"{0.5 - ABOUT:.0%} to {0.5 + ABOUT:.0%}"
     )
-    if len(found) > 1:
-        layers = against(study, best, found[study.layers[1]])
-        sentence += f"; {first} against {study.layers[1]} {layers}"
-        holds, fails = holds and layers.better, fails or layers.worse
+    if {"att", "ffn"} <= found.keys():
+        layers = against(study, found["att"], found["ffn"])
+        comparisons["att against ffn"] = layers
+        clauses.append(below("att is better than ffn", layers))
+        sentence += f"; att against ffn {layers}"
+    fair = not heads.is_cut(study)
+    verdict, said = judged([clause.tried(fair) for clause in clauses])
     return Outcome(
-        rows=rows, verdict=both(holds, fails), sentence=f"{sentence}; {heads.said_of(study)}.",
-        plots=[_plot([*found.values(), knn], base)],
+        rows=rows, verdict=verdict, sentence=f"{sentence}; {heads.said_of(study)}{said}.",
+        plots=[_plot([*found.values(), knn], base)], comparisons=comparisons,
     )  # fmt: skip
 
 

@@ -46,27 +46,29 @@ def which_tokens(study: Study) -> Outcome:
         "position in the window": (whole, by_position(whole.test.context, study.window)),
         "type of token": (one, _by_type(study, one.test.tokens)),
     }
-    rows, plots, spreads = [], [], {}
+    rows, plots = [], []
+    spreads: dict[str, list[tuple[str, Comparison]]] = {}
     for kind, (on, members) in groups.items():
         gains = {name: _gain(study, on, is_in_N) for name, is_in_N in members.items()}
         rows += [_row(on, kind, name, members[name], gain) for name, gain in gains.items()]
-        if any(gains.values()):
+        spreads[kind] = _extremes(gains)
+        if spreads[kind]:
             plots.append(_plot(kind, gains))
-            spreads[kind] = _extremes(gains)
-    decided = [most.high < least.low for (_, most), (_, least) in spreads.values()]
+    pairs = [ends for ends in spreads.values() if len(ends) == 2]
+    decided = [most.high < least.low for (_, most), (_, least) in pairs]
     gained = (one.log_probs > one.test.lm_log_probs).double().mean().item()
-    said = "; ".join(
-        f"by {kind} from {most[1]} ({most[0]}) to {least[1]} ({least[0]})"
-        for kind, (most, least) in spreads.items()
-    )
     return Outcome(
         rows=rows,
         verdict=both(any(decided), False),
         sentence=(
             f"The mixture gives {gained:.0%} of the tokens a higher probability than the model "
-            f"does; perplexity as a multiple of the model's own ranges {said}."
+            "does; perplexity as a multiple of the model's own: "
+            f"{'; '.join(said_of(kind, ends) for kind, ends in spreads.items())}."
         ),
         plots=plots,
+        comparisons={
+            f"{kind}: {name}": gain for kind, ends in spreads.items() for name, gain in ends
+        },
     )
 
 
@@ -175,11 +177,21 @@ def _row(
     }
 
 
-def _extremes(
-    gains: dict[str, Comparison | None],
-) -> tuple[tuple[str, Comparison], tuple[str, Comparison]]:
+def _extremes(gains: dict[str, Comparison | None]) -> list[tuple[str, Comparison]]:
+    """The group that gains most and the one that gains least; where there is but one, that."""
     known = [(name, gain) for name, gain in gains.items() if gain]
-    return min(known, key=lambda item: item[1].ratio), max(known, key=lambda item: item[1].ratio)
+    known.sort(key=lambda item: item[1].ratio)
+    return known if len(known) < 2 else [known[0], known[-1]]
+
+
+def said_of(kind: str, ends: list[tuple[str, Comparison]]) -> str:
+    """What is known of the groups of a kind, in words."""
+    if not ends:
+        return f"by {kind} no group has the {_FEWEST} tokens that are needed"
+    said = [f"{gain} ({name})" for name, gain in ends]
+    if len(said) == 1:
+        return f"by {kind} one group only has enough tokens, {said[0]}"
+    return f"by {kind} from {said[0]} to {said[1]}"
 
 
 def _plot(kind: str, gains: dict[str, Comparison | None]) -> Plot:
