@@ -327,6 +327,12 @@ def test_the_grid_does_not_grow_for_nothing(monkeypatch):
     nearest_only = fit(table(), ks=[1])  # no t matters
     assert asked == [30, 15, 8]
     assert nearest_only.temperature == pytest.approx(10 * 2**-5)
+    # Neighbours that say nothing by their distance: the hotter the better, for ever less.
+    generator = torch.Generator().manual_seed(1)
+    (found,) = table().memories
+    even = replace(found, is_target=torch.rand(found.is_target.shape, generator=generator) < 0.3)
+    best = fit(replace(table(), memories=(even,)), ks=[50])
+    assert 100 < best.temperature < 1e4
 
 
 def covering(found, tokens=3):

@@ -24,7 +24,7 @@ _FAR = 16
 """Factor from the scale of the evidence beyond which the grid is not around the memory's own t."""
 _SAMPLE = 64
 _EXTENSIONS = 4
-_WORTH_IT = 1e-6
+_WORTH_IT = 1e-4
 """Nats that a t beyond the grid must gain: towards 0 and ∞ the gain only creeps to its limit."""
 
 
