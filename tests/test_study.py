@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from knnlm_hf.errors import CaptureError, KNNLMError, PersistenceError, SettingError
+from knnlm_hf.errors import CaptureError, CorpusError, KNNLMError, PersistenceError, SettingError
 from knnlm_hf.index import built_indexes
 from knnlm_hf.study import (
     Settings,
@@ -400,6 +400,16 @@ class TestRun:
         with pytest.raises(KNNLMError):
             study(tmp_path / "b", stores=[other.path]).store("att")
         assert len(study(tmp_path / "b").store("att")) > len(other)
+
+    @pytest.mark.parametrize(("tokens", "is_enough"), [(320, False), (321, True)])
+    def test_a_handful_of_tokens_is_no_training_text(self, tmp_path, tokens, is_enough):
+        one = study(tmp_path, train=[[1, 2, 3] * 107][:1], settings=Settings(train_tokens=tokens))
+        if is_enough:
+            smallest = KeptIndex(one, one.store(), "l2", "codes", 0)
+            assert len(smallest.open().search(torch.zeros(1, 24), 3)[1][0]) == 3
+            return
+        with pytest.raises(CorpusError, match="320 tokens, 319 of them to predict, expected at le"):
+            run(one, ["base_lm"])
 
     def test_settings_are_checked(self):
         with pytest.raises(SettingError, match="eval_tokens is 0"):

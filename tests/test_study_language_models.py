@@ -16,6 +16,7 @@ from knnlm_hf.interpolation import mix
 from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.study import Settings, Study, language_models, retrieval
+from knnlm_hf.study import study as study_module
 from knnlm_hf.study.bigram import Bigrams
 from knnlm_hf.study.experiments import memorisation as memorising
 from knnlm_hf.study.experiments.ensembling import before, ensembling, joined
@@ -38,6 +39,11 @@ def noise(tokens: int, seed: int) -> list[list[int]]:
 
 
 class TestMemorisation:
+    @pytest.fixture(autouse=True)
+    def short_texts(self, monkeypatch):
+        """What is learned by heart within seconds is short."""
+        monkeypatch.setattr(study_module, "FEWEST_ENTRIES", 1)
+
     def study(self, folder, **changes):
         model = tiny.gpt2(n_embd=64, n_layer=1, initializer_range=0.02, n_positions=16)
         return Study(
@@ -165,10 +171,10 @@ class TestSoftLabels:
 
     def test_entries_are_those_of_the_store(self, tmp_path):
         study = Study(
-            tiny.gpt2(), None, train=tiny.corpus(5), valid=[[1, 2, 3]], test=[[1, 2, 3]],
+            tiny.gpt2(), None, train=tiny.corpus(9), valid=[[1, 2, 3]], test=[[1, 2, 3]],
             folder=tmp_path, show=False,
         )  # fmt: skip
-        text = torch.cat([torch.tensor(part) for part in tiny.corpus(5)])
+        text = torch.cat([torch.tensor(part) for part in tiny.corpus(9)])
         entries = entry_numbers(study.text("train").documents)
         is_entry = entries >= 0
         store = study.store()

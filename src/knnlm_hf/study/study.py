@@ -27,6 +27,8 @@ from knnlm_hf.study.workspace import Workspace, digest
 from knnlm_hf.windows import Window, check_window
 
 Split = Literal["train", "valid", "test"]
+FEWEST_ENTRIES = 320
+"""Of the training text: its smallest part, 5 %, has to have as many as a code's 16 centroids."""
 
 
 class Study:
@@ -85,7 +87,11 @@ class Study:
         return found or ("final",)
 
     def text(self, split: Split) -> Text:
-        """The documents of a split as token ids; of train, the first `train_tokens`."""
+        """The documents of a split as token ids; of train, the first `train_tokens`.
+
+        Raises:
+            CorpusError: it cannot be read, has nothing to predict, or is too short to train on.
+        """
         if split not in self._texts:
             limit = self.settings.train_tokens if split == "train" else None
             text = read_text(
@@ -95,6 +101,12 @@ class Study:
                 raise CorpusError(
                     f"{split} has {len(text)} tokens in {len(text.documents)} documents, expected "
                     "a document of 2 tokens or more: there is nothing to predict"
+                )
+            entries = sum(max(0, len(part) - 1) for part in text.documents)
+            if split == "train" and entries < FEWEST_ENTRIES:
+                raise CorpusError(
+                    f"train has {len(text)} tokens, {entries} of them to predict, expected at least"
+                    f" {FEWEST_ENTRIES}: the smallest datastore of a study is a twentieth of it"
                 )
             self._texts[split] = text
         return self._texts[split]
