@@ -9,6 +9,7 @@ does; a killed run continues when it is run again. knnlm study run models/mine â
 """
 
 import argparse
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -18,10 +19,11 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from knnlm_hf.corpus import documents
 from knnlm_hf.demo.train import train_tokenizer
-from knnlm_hf.errors import KNNLMError
+from knnlm_hf.errors import KNNLMError, first_line
 from knnlm_hf.memory.checkpoint import remove_checkpoint
 from knnlm_hf.study.lm_recipe import LMRecipe
 from knnlm_hf.study.lm_training import mean_loss, stream, train_lm
+from knnlm_hf.study.workspace import read_json, write_json
 
 
 def options() -> argparse.Namespace:
@@ -54,12 +56,41 @@ def texts(args: argparse.Namespace, split: str) -> list[str]:
     source = args.corpus if split == "train" else args.valid
     if source is None and Path(args.corpus).is_file():
         raise KNNLMError("--valid is missing: early stopping needs a text of its own")
-    if source is not None and Path(source).is_file():
-        return [Path(source).read_text(encoding="utf-8")]
-    from datasets import load_dataset
+    try:
+        if source is not None and (split != "train" or Path(source).is_file()):
+            return [Path(source).read_text(encoding="utf-8")]
+        from datasets import load_dataset
 
-    rows = load_dataset(args.corpus, args.config, split=split)["text"]
+        rows = load_dataset(args.corpus, args.config, split=split)["text"]
+    except Exception as error:  # whatever datasets raises for what is no dataset
+        raise KNNLMError(
+            f"{source or args.corpus}: expected a text file in UTF-8, or for the corpus a dataset "
+            f"with a 'text' column: {first_line(error)}"
+        ) from error
     return [text for text in rows if text.strip()]
+
+
+def tokenizer_of(train: list[str], args: argparse.Namespace):
+    """A tokenizer of this text and size; that of the run which this one continues, if it is.
+
+    Raises:
+        KNNLMError: the folder has one of another text or size.
+    """
+    record = args.out / "tokenizer_of.json"
+    texts_digest = hashlib.sha256("\0".join(train).encode()).hexdigest()
+    wanted = {"texts": texts_digest, "vocab": args.vocab}
+    if (args.out / "tokenizer.json").is_file():
+        if read_json(record) != wanted:
+            raise KNNLMError(
+                f"{args.out}: its tokenizer was not trained on this text with --vocab "
+                f"{args.vocab}: give the same as before, or another folder"
+            )
+        return AutoTokenizer.from_pretrained(args.out)
+    tokenizer = train_tokenizer(train, args.vocab)
+    tokenizer.model_max_length = args.window
+    write_json(record, wanted)  # before: killed between the two, both are made again
+    tokenizer.save_pretrained(args.out)
+    return tokenizer
 
 
 def new_model(args: argparse.Namespace, tokenizer):
@@ -93,12 +124,7 @@ def tokens(corpus: list[str], tokenizer) -> torch.Tensor:
 def main() -> None:
     args = options()
     train, valid = texts(args, "train"), texts(args, "validation")
-    if (args.out / "tokenizer.json").is_file():  # of the run that this one continues
-        tokenizer = AutoTokenizer.from_pretrained(args.out)
-    else:
-        tokenizer = train_tokenizer(train, args.vocab)
-        tokenizer.model_max_length = args.window
-        tokenizer.save_pretrained(args.out)
+    tokenizer = tokenizer_of(train, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = new_model(args, tokenizer).to(device)
     train_N, valid_N = tokens(train, tokenizer), tokens(valid, tokenizer)
