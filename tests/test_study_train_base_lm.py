@@ -51,7 +51,7 @@ def test_a_mistyped_path_is_one_line(run, wrong, said):
 
 def test_a_file_in_the_folder_s_way_is_one_line(run, tmp_path):
     (tmp_path / "model").write_text("in the way")
-    with pytest.raises(SystemExit, match="error: model.*: cannot be written: "):
+    with pytest.raises(SystemExit, match=r"error: model.*: cannot be written: "):
         run()
 
 
