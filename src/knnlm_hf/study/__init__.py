@@ -37,6 +37,8 @@ and, if it takes long, `cost(study)`: seconds on two cores. Nothing is registere
 - Return an `Outcome`: rows (plain data, one per setting), plots (numbers; the report draws them), a
   verdict and one sentence that gives the numbers. "holds" and "does not hold" are for what the
   confidence intervals decide; the rest is "not decidable at this size".
+  `verdicts` judges a finding clause by clause and names those that fail; `comparisons` of the
+  outcome are the ratios and intervals that decide.
 - Give it a test on a toy case whose answer is known by hand.
 """
 
