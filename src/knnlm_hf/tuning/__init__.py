@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from knnlm_hf.errors import KNNLMError, SettingError
-from knnlm_hf.scores import TokenScores
+from knnlm_hf.scores import TokenScores, exp
 from knnlm_hf.scoring import score
-from knnlm_hf.tuning.descent import Choice, Descent
+from knnlm_hf.tuning.descent import DEEPEST, Choice, Descent
 from knnlm_hf.types import each, one_or_all
 
 _log = logging.getLogger(__name__)
@@ -117,7 +119,14 @@ def fit(
 
 def _tuned(scores: TokenScores, lmbdas: Sequence[float], chosen: Sequence[Choice]) -> Tuned:
     temperatures, ks = [one.temperature for one in chosen], [one.k for one in chosen]
-    base, mixed = scores.base_perplexity, scores.perplexity(lmbdas, temperatures, ks)
+    base = scores.base_perplexity
+    if bool((scores.lm_log_probs < -DEEPEST).any()):
+        mixed = scores.perplexity(lmbdas, temperatures, ks)
+    else:  # without looking at every neighbour again
+        ratio_N = torch.ones_like(scores.lm_log_probs)
+        for lmbda, one in zip(lmbdas, chosen, strict=True):
+            ratio_N += lmbda * (one.ratio - 1)
+        mixed = exp(-(scores.lm_log_probs + ratio_N.log()).mean(dtype=torch.float64).item())
     if sum(lmbdas) < _NEGLIGIBLE_LMBDA:
         message = (
             f"the memory does not help on this text: the best lmbda is {sum(lmbdas):.2g} "

@@ -20,6 +20,8 @@ from knnlm_hf.tuning.shares import best_of, best_share, best_shares
 from knnlm_hf.types import check_k, check_lmbdas, check_temperature
 
 _SWEEPS = 5
+DEEPEST = 80.0
+"""Ratios to P_LM are taken as if no P_LM were below e^−80: they would leave float32."""
 _FAR = 16
 """Factor from the scale of the evidence beyond which the grid is not around the memory's own t."""
 _SAMPLE = 64
@@ -62,7 +64,7 @@ class Descent:
         self.middles = [] if self.temperatures is not None else [*map(_middle, self.memories)]
         count = len(self.memories)
         self.candidates = None if lmbdas is None else [check_lmbdas(one, count) for one in lmbdas]
-        self.inverse_N = (-scores.lm_log_probs).clamp(max=80).exp()
+        self.inverse_N = (-scores.lm_log_probs).clamp(max=DEEPEST).exp()
         silent = Choice(None, None, torch.ones_like(self.inverse_N))
         self.chosen = [
             silent if found.scores is None else self._fixed(found.scores) for found in self.memories
