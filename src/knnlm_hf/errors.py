@@ -36,3 +36,8 @@ class PersistenceError(KNNLMError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line; its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refusal(error: OSError) -> str:
+    """Why the system refused: "No space left on device"."""
+    return error.strerror or str(error) or type(error).__name__

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from knnlm_hf.errors import PersistenceError
+from knnlm_hf.errors import PersistenceError, refusal
 
 OURS = ".knnlm_hf-*"
 """Names of what is not in its place yet; of no use to others."""
@@ -49,7 +49,7 @@ def filled_at_once(target: Path) -> Iterator[Path]:
         _put(folder, target)
         finish(target)
     except OSError as error:
-        raise PersistenceError(f"{target}: cannot be written: {_reason(error)}") from error
+        raise PersistenceError(f"{target}: cannot be written: {refusal(error)}") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,7 +78,7 @@ def finish(folder: Path) -> bool:
     except OSError as error:
         raise PersistenceError(
             f"{folder}: saving into it was interrupted, and it cannot be written to go on: "
-            f"{_reason(error)}; what was saved lies in {_NEW} there: mend that, and do it again"
+            f"{refusal(error)}; what was saved lies in {_NEW} there: mend that, and do it again"
         ) from error
     return True
 
@@ -159,7 +159,3 @@ def _move(source: Path, place: Path) -> None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from knnlm_hf.errors import DatastoreError, first_line
+from knnlm_hf.errors import DatastoreError, first_line, refusal
 from knnlm_hf.folders import follow_umask, sync_folder
 
 TEMPORARY = ".tmp"
@@ -125,8 +125,7 @@ def explaining(path: Path, what: str = "the datastore") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
         raise DatastoreError(
-            f"{path}: cannot write {what}: {reason}; what is finished is kept, so the same work "
-            "resumes once that is mended"
+            f"{path}: cannot write {what}: {refusal(error)}; what is finished is kept, so the "
+            "same work resumes once that is mended"
         ) from error

@@ -27,11 +27,11 @@ _COUNTS = 1 << 22  # resampled counts held at a time
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """The perplexity of setting a as a multiple of that of setting b, on the same tokens."""
+class _Interval:
+    """A ratio of two settings, and where it lies with 95 % confidence."""
 
     ratio: float
-    """exp(mean(log p_b − log p_a)): below 1 where a is better."""
+    """Of all tokens."""
     low: float
     """2.5 % quantile of the ratio over the resamples."""
     high: float
@@ -43,6 +43,17 @@ class Comparison:
     def certain(self) -> bool:
         """Whether the interval says anything: on 10 blocks or more."""
         return self.blocks >= _FEWEST_BLOCKS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+class Comparison(_Interval):
+    """The perplexity of setting a as a multiple of that of setting b, on the same tokens.
+
+    exp(mean(log p_b − log p_a)): below 1 where a is better.
+    """
 
     @property
     def better(self) -> bool:
@@ -67,35 +78,16 @@ class Comparison:
     def __str__(self) -> str:
         return f"{self.ratio:.3f} × [{self.low:.3f}, {self.high:.3f}]"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
 
+class Share(_Interval):
+    """The gain of setting a as a share of that of setting b, both over a base, in perplexity.
 
-@dataclass(frozen=True)
-class Share:
-    """The gain of setting a as a share of that of setting b, both over a base, in perplexity."""
-
-    ratio: float
-    """(PPL_base − PPL_a) ÷ (PPL_base − PPL_b)."""
-    low: float
-    """2.5 % quantile over the resamples; −∞ where b may have no gain to have a share of."""
-    high: float
-    """97.5 % quantile, or ∞."""
-    blocks: int
-    """Documents or runs of tokens that were resampled."""
-
-    @property
-    def certain(self) -> bool:
-        """Whether the interval says anything: on 10 blocks or more."""
-        return self.blocks >= _FEWEST_BLOCKS
+    (PPL_base − PPL_a) ÷ (PPL_base − PPL_b); from −∞ to ∞ where b may have no gain to have a share
+    of.
+    """
 
     def __str__(self) -> str:
         return f"{self.ratio:.0%} [{self.low:.0%}, {self.high:.0%}]"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
 
 
 def compare(

@@ -97,12 +97,12 @@ class Study:
             text = read_text(
                 self._corpora[split], self.tokenizer, self._config, limit, self.workspace
             )
-            if all(len(part) < 2 for part in text.documents):
+            entries = sum(max(0, len(part) - 1) for part in text.documents)
+            if not entries:
                 raise CorpusError(
                     f"{split} has {len(text)} tokens in {len(text.documents)} documents, expected "
                     "a document of 2 tokens or more: there is nothing to predict"
                 )
-            entries = sum(max(0, len(part) - 1) for part in text.documents)
             if split == "train" and entries < FEWEST_ENTRIES:
                 raise CorpusError(
                     f"train has {len(text)} tokens, {entries} of them to predict, expected at least"

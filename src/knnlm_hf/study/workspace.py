@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from knnlm_hf.datastore import atomic
-from knnlm_hf.errors import PersistenceError
+from knnlm_hf.errors import PersistenceError, refusal
 
 _DIGITS = 12
 
@@ -107,8 +107,7 @@ def writing(path: Path, more: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error) or type(error).__name__
-        raise PersistenceError(f"{path}: cannot be written: {reason}{more}") from error
+        raise PersistenceError(f"{path}: cannot be written: {refusal(error)}{more}") from error
 
 
 def digest(data: Any) -> str:

@@ -114,19 +114,18 @@ def fit(
             raise SettingError(f"{name} is empty: give candidates, or None for the default ones")
     if not scores.memories:
         raise KNNLMError("these are the scores of a model without memory: there is nothing to tune")
-    return _tuned(scores, *Descent(scores, ks, temperatures, lmbdas).run())
+    return _tuned(scores, Descent(scores, ks, temperatures, lmbdas))
 
 
-def _tuned(scores: TokenScores, lmbdas: Sequence[float], chosen: Sequence[Choice]) -> Tuned:
+def _tuned(scores: TokenScores, descent: Descent) -> Tuned:
+    lmbdas, chosen = descent.run()
     temperatures, ks = [one.temperature for one in chosen], [one.k for one in chosen]
     base = scores.base_perplexity
     if bool((scores.lm_log_probs < -DEEPEST).any()):
         mixed = scores.perplexity(lmbdas, temperatures, ks)
     else:  # without looking at every neighbour again
-        ratio_N = torch.ones_like(scores.lm_log_probs)
-        for lmbda, one in zip(lmbdas, chosen, strict=True):
-            ratio_N += lmbda * (one.ratio - 1)
-        mixed = exp(-(scores.lm_log_probs + ratio_N.log()).mean(dtype=torch.float64).item())
+        log_probs_N = scores.lm_log_probs + descent.mixed(lmbdas).log()
+        mixed = exp(-log_probs_N.mean(dtype=torch.float64).item())
     if sum(lmbdas) < _NEGLIGIBLE_LMBDA:
         message = (
             f"the memory does not help on this text: the best lmbda is {sum(lmbdas):.2g} "

@@ -93,9 +93,9 @@ class Descent:
         return max(self.candidates, key=lambda lmbdas: (self._gain(lmbdas), -sum(lmbdas)))
 
     def _gain(self, lmbdas: Sequence[float]) -> float:
-        return self._mixed(lmbdas).log().mean(dtype=torch.float64).item()
+        return self.mixed(lmbdas).log().mean(dtype=torch.float64).item()
 
-    def _mixed(self, lmbdas: Sequence[float], without: int | None = None) -> Tensor:
+    def mixed(self, lmbdas: Sequence[float], without: int | None = None) -> Tensor:
         """(N,) P of the mixture over P_LM."""
         mixed_N = torch.ones_like(self.inverse_N)
         for number, (lmbda, choice) in enumerate(zip(lmbdas, self.chosen, strict=True)):
@@ -139,9 +139,9 @@ class Descent:
         self, number: int, lmbdas: tuple[float, ...], ks: list[int], temperatures: Sequence[float]
     ) -> Iterator[_Found]:
         """The gain for each t and k, and the best λ there."""
-        rest_N = self._mixed(lmbdas, without=number)
+        rest_N = self.mixed(lmbdas, without=number)
         candidates = self.candidates or []
-        rest_LN = [self._mixed(candidate, without=number) for candidate in candidates]
+        rest_LN = [self.mixed(candidate, without=number) for candidate in candidates]
         all_KN = knn_probabilities(self.memories[number], ks, temperatures)
         for temperature, knn_KN in zip(temperatures, all_KN, strict=True):
             # A query without hits leaves its share to the model, as if both agreed.
