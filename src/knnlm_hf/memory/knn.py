@@ -19,19 +19,19 @@ from knnlm_hf.index import (
     rescore,
     wrap_index,
 )
-from knnlm_hf.interpolation import default_temperature, knn_log_probs, token_knn_log_probs
+from knnlm_hf.interpolation import default_temperature
 from knnlm_hf.memory.kinds import register
 from knnlm_hf.memory.knn_files import KNNFiles
+from knnlm_hf.memory.neighbours import NeighbourMemory
 from knnlm_hf.types import Metric, Neighbors, check_k, check_metric, check_temperature
 
 _log = logging.getLogger(__name__)
 _CUSTOM = "custom"
 _MANY_ENTRIES = 1_000_000  # above this, exact search without having been asked for is worth a word
-_MAX_DISTRIBUTION = 1 << 26  # (Q, V) elements made at a time
 
 
 @register
-class KNNMemory(KNNFiles):
+class KNNMemory(KNNFiles, NeighbourMemory):
     """The k nearest entries of a datastore, as a distribution over their next tokens.
 
         p(w | h) = Σ_{i ∈ kNN(h), value_i = w} softmax(s_i / t)_i,   s_i = −‖h − key_i‖² or h·key_i
@@ -117,17 +117,6 @@ class KNNMemory(KNNFiles):
     def k(self, k: int) -> None:
         self._k = check_k(k, len(self.store))
 
-    @property
-    def temperature(self) -> float:
-        """t, in units of the similarity; from the data unless it was given."""
-        if self._temperature is None:
-            self._temperature = self._temperature_from_data()
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, temperature: float) -> None:
-        self._temperature = check_temperature(temperature)
-
     def search(
         self, queries: Tensor, k: int | None = None, *, exclude: Tensor | None = None
     ) -> Neighbors:
@@ -144,11 +133,8 @@ class KNNMemory(KNNFiles):
             Entries of removed documents are never among them.
         """
         k = self.k if k is None else check_k(k, len(self.store))
-        if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
-            raise KNNLMError(
-                f"queries have shape {tuple(queries.shape)}, expected (Q, {self.hidden_size}): "
-                f"the datastore has {self.hidden_size}-d keys of layer {self.layer!r}"
-            )
+        keys = f"the datastore has {self.hidden_size}-d keys of layer {self.layer!r}"
+        self._check_queries(queries, keys)
         wanted = k if exclude is None else k + 1
         removed = () if self.store.removed is None else (self.store.removed,)
         similarity_QK, ids_QK = self.index.search(queries, wanted, *removed)
@@ -162,36 +148,6 @@ class KNNMemory(KNNFiles):
             similarity_QK, order_QK = similarity_QK.sort(dim=1, descending=True, stable=True)
             similarity_QK, ids_QK = similarity_QK[:, :k], ids_QK.gather(1, order_QK[:, :k])
         return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
-
-    def log_probs(self, hidden: Tensor) -> Tensor:
-        """log p_kNN of every token: (..., D) → (..., V) float32, −inf where no neighbour is."""
-        hidden_QD = hidden.reshape(-1, hidden.shape[-1])
-        step = max(1, _MAX_DISTRIBUTION // self.vocab_size)
-        parts = []
-        for chunk_QD in torch.split(hidden_QD, step):
-            near = self.search(chunk_QD)
-            parts.append(
-                knn_log_probs(near.similarity, near.tokens, self.temperature, self.vocab_size)
-            )
-        if not parts:
-            return hidden.new_empty((*hidden.shape[:-1], self.vocab_size), dtype=torch.float32)
-        log_probs_QV = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return log_probs_QV.reshape(*hidden.shape[:-1], self.vocab_size)
-
-    def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """log p_kNN of one token per state, without a (..., V) tensor: (..., D), (...) → (...).
-
-        −inf where no neighbour carries the token.
-        """
-        if tokens.shape != hidden.shape[:-1]:
-            raise KNNLMError(
-                f"tokens have shape {tuple(tokens.shape)}, expected {tuple(hidden.shape[:-1])}, "
-                "one per hidden state"
-            )
-        near = self.search(hidden.reshape(-1, hidden.shape[-1]))
-        is_target_QK = near.tokens == tokens.reshape(-1, 1).to(near.tokens.device)
-        log_probs_Q = token_knn_log_probs(near.similarity, is_target_QK, self.temperature)
-        return log_probs_Q.reshape(tokens.shape)
 
     def check_model(self, model: Any) -> None:
         """Raise `ModelMismatchError` unless the store was built with (a cast of) this model."""
