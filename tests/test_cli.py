@@ -117,6 +117,25 @@ def test_generate_and_explain(home):
     assert "document" in shown
 
 
+def test_the_text_itself_beside_a_datastore_or_alone(home, tmp_path):
+    args = (home / "valid.txt", home / "store", "--lines", "--cache", "50")
+    facts = run_json("tune", home / "model", *args, "--k", "9", "--out", tmp_path / "tuned")
+    assert len(facts["lmbda"]) == 2
+    assert facts["k"] == [9, 9]
+    report = run_json("eval", tmp_path / "tuned", home / "valid.txt", "--lines")
+    assert report["perplexity"] == pytest.approx(facts["perplexity"], rel=1e-4)
+    alone = (home / "model", home / "valid.txt", "--lines", "--cache", "50")
+    assert "mixture" in run("eval", *alone, "--temperature", "3").stdout
+    refused = run("eval", *alone, "--rescore", code=2).stderr
+    assert "--rescore: only for a datastore" in refused
+    saved = run("eval", tmp_path / "tuned", home / "valid.txt", "--cache", "9", code=2).stderr
+    assert "its own cache" in saved
+    prompt = (home / "model", "w5 w6 w7 w5 w6", home / "store", "--cache", "50")
+    shares = ("--lmbda", "0.01", "--lmbda", "0.98", "--max-new-tokens", "4")
+    shown = run("generate", *prompt, "--explain", *shares).stdout
+    assert "this text" in shown
+
+
 def test_verify(home):
     assert run_json("verify", home / "store")["verified"] is True
 

@@ -21,6 +21,7 @@ from transformers import (
     TextStreamer,
 )
 
+from knnlm_hf.memory import CacheMemory
 from knnlm_hf.modeling import KNNLMForCausalLM
 
 NEW = 6
@@ -274,6 +275,8 @@ def test_streaming_from_a_thread(both: Any) -> None:
 
 def test_inputs_embeds(both: Any) -> None:
     _, knn = both
+    if isinstance(knn.memory, CacheMemory):
+        pytest.skip("it cannot know the tokens of embeddings: see test_cache.py")
     embeds = knn.get_input_embeddings()(IDS)
     tokens = knn.generate(inputs_embeds=embeds, attention_mask=mask(IDS), **FIXED)
     assert torch.equal(tokens, greedy(knn, IDS)[:, 5:])

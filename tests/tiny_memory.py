@@ -8,7 +8,7 @@ import reference
 import torch
 from torch import Tensor, nn
 
-from knnlm_hf.memory import MultiEmbeddingHead
+from knnlm_hf.memory import CacheMemory, MultiEmbeddingHead
 
 
 class TinyMemory:
@@ -50,7 +50,7 @@ def memory_of(
     return TinyMemory(layer, keys_ND, values_N, vocab_size, k, max(spread, 1e-6) / 4)
 
 
-KINDS = ("knn", "head", "both")
+KINDS = ("knn", "head", "both", "cache")
 
 
 def head_of(model: nn.Module, layer: str = "att", *, n: int = 2, seed: int = 5) -> Any:
@@ -64,11 +64,13 @@ def head_of(model: nn.Module, layer: str = "att", *, n: int = 2, seed: int = 5) 
 
 
 def memory_of_kind(kind: str, model: nn.Module, model_type: str, *, k: int = 8) -> Any:
-    """One of `KINDS`: neighbours, a head, or a list of a head and neighbours on other layers."""
+    """One of `KINDS`: neighbours, a head, both on layers of their own, or the text itself."""
     if kind == "knn":
         return memory_of(model, model_type, "att", k=k)
     if kind == "head":
         return head_of(model)
+    if kind == "cache":
+        return CacheMemory.of(model, size=64, k=64, temperature=4.0)
     return [head_of(model, "ffn"), memory_of(model, model_type, "att", k=k)]
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CacheMemory": "memory",
     "CentroidMemory": "memory",
     "KNNLMForCausalLM": "modeling",
     "KNNLMConfig": "modeling",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from knnlm_hf.errors import DatastoreError as DatastoreError
     from knnlm_hf.errors import KNNLMError as KNNLMError
     from knnlm_hf.inspection import explanation_page as explanation_page
+    from knnlm_hf.memory import CacheMemory as CacheMemory
     from knnlm_hf.memory import CentroidMemory as CentroidMemory
     from knnlm_hf.memory import Head as Head
     from knnlm_hf.memory import KNNMemory as KNNMemory

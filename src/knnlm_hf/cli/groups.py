@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 
 from knnlm_hf.cli.options import (
     BatchSize,
+    CacheSize,
     Device,
     Dtype,
     Index,
@@ -41,6 +42,7 @@ class Memories:
 
     memory: OptionalMemory = None
     memories: MoreMemories = None
+    cache: CacheSize = None
     k: K = None
     metric: Metric = None
     index: Index = None

@@ -41,13 +41,17 @@ def load_knn(name: str, loading: Loading, memories: Memories, mixture: Mixture) 
     lmbda: Any = mixture.lmbda or None
     if lmbda is not None and len(lmbda) == 1:
         (lmbda,) = lmbda
-    if memories.sources:
+    if memories.sources or (memories.cache is not None and not hasattr(model, "memories")):
         opened = [_memory(source, memories, mixture) for source in memories.sources]
+        if memories.cache is not None:
+            opened.append(_cache(model, opened, memories, mixture))
         _check_used(opened, memories, mixture)
         return KNNLMForCausalLM(model, opened, lmbda=0.25 if lmbda is None else lmbda), tokenizer
     if not isinstance(model, KNNLMForCausalLM):
         raise KNNLMError(f"{name} is a plain model: name a datastore or a head too, last")
     unused = memories.search.keys() - {"k"}
+    if memories.cache is not None:
+        unused.add("cache")
     if unused:
         raise KNNLMError(
             f"{name} is a kNN model, whose memory has its own {', '.join(sorted(unused))}: name a "
@@ -73,15 +77,27 @@ def _memory(source: str, memories: Memories, mixture: Mixture) -> Any:
     return KNNMemory(opened, temperature=mixture.temperature, **memories.search)
 
 
+def _cache(model: Any, opened: list[Any], memories: Memories, mixture: Mixture) -> Any:
+    """A memory of the text itself, of the first memory's layer where there is one."""
+    from knnlm_hf import CacheMemory
+
+    layer = next((memory.layer for memory in opened), "att")
+    given = {"k": memories.k, "metric": memories.metric, "temperature": mixture.temperature}
+    settings = {name: value for name, value in given.items() if value is not None}
+    return CacheMemory.of(model, layer, size=memories.cache, **settings)
+
+
 def _searches(memory: Any) -> bool:
     return hasattr(memory, "search")
 
 
 def _check_used(opened: Iterable[Any], memories: Memories, mixture: Mixture) -> None:
-    """Refuse options of a search where no memory searches."""
+    """Refuse options of a search where no memory searches so."""
     given = memories.search | ({} if mixture.temperature is None else {"temperature": None})
-    if given and not any(map(_searches, opened)):
-        options = ", ".join(f"--{name}" for name in given)
+    searching = list(filter(_searches, opened))
+    unused = [name for name in given if not any(hasattr(memory, name) for memory in searching)]
+    if unused:
+        options = ", ".join(f"--{name}" for name in unused)
         raise KNNLMError(f"{options}: only for a datastore, and none of the memories is one")
 
 

@@ -34,6 +34,10 @@ Lines = Annotated[bool, typer.Option("--lines", help="Each line of a text file i
 Dtype = Annotated[str | None, typer.Option("--model-dtype", help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; default: cuda where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+CacheSize = Annotated[
+    int | None,
+    typer.Option("--cache", help="Remember the text's own last so many tokens too (try 4096)."),
+]
 K = Annotated[int | None, typer.Option("--k", help="Neighbours per query; default: 1024.")]
 Temperature = Annotated[float | None, typer.Option(help="t > 0; default: from the data.")]
 Lmbda = Annotated[

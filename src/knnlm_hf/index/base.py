@@ -120,11 +120,7 @@ class SearchIndex(ABC):
         if queries_QD.shape[0] == 0:
             return missing(0, k, queries_QD.device)
         queries_QD = queries_QD.float().contiguous()
-        if not queries_QD.isfinite().all():
-            raise KNNLMError(
-                "the hidden states to search with are not finite (NaN or inf): the model overflowed"
-                " in its dtype; run it in bfloat16 or float32"
-            )
+        check_finite(queries_QD)
         with torch.autocast(queries_QD.device.type, enabled=False):
             if removed is None:
                 return self._search(queries_QD, k)
@@ -154,6 +150,15 @@ class SearchIndex(ABC):
             rows_R = rows_R[(is_live_RM.sum(dim=1) < k) & has_more_R]
             wanted = min(most, 2 * wanted)
         return similarity_QK, ids_QK
+
+
+def check_finite(states: Tensor) -> None:
+    """Raise `KNNLMError` unless all states to be compared are finite."""
+    if not states.isfinite().all():
+        raise KNNLMError(
+            "the hidden states to search with are not finite (NaN or inf): the model overflowed"
+            " in its dtype; run it in bfloat16 or float32"
+        )
 
 
 def missing(rows: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:

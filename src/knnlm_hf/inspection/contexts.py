@@ -8,17 +8,17 @@ from typing import Any
 
 from knnlm_hf.errors import DatastoreError
 from knnlm_hf.inspection.pieces import around
-from knnlm_hf.modeling.explain import Neighbour
+from knnlm_hf.modeling.explain import Neighbour, origin
 
 _BEFORE, _AFTER = 14, 7  # tokens
 
 
 @dataclass(frozen=True)
 class Context:
-    """An entry of a datastore in its text."""
+    """An entry of a datastore, or of the text itself, in its text."""
 
     memory: int
-    document: int
+    document: int | None
     token: int
     """Its id."""
     text: tuple[str, str, str] | None
@@ -28,8 +28,8 @@ class Context:
 class Contexts:
     """The contexts of entries, numbered in the order in which they are first asked for."""
 
-    def __init__(self, memories: Sequence[Any], tokenizer: Any) -> None:
-        self._memories, self._tokenizer = memories, tokenizer
+    def __init__(self, memories: Sequence[Any], ids: list[int], tokenizer: Any) -> None:
+        self._memories, self._ids, self._tokenizer = memories, ids, tokenizer
         self._numbers: dict[tuple[int, int], int] = {}
         self.rows: list[Context] = []
 
@@ -45,10 +45,11 @@ class Contexts:
         return self.rows[self.number(of)]
 
     def _text(self, of: Neighbour) -> tuple[str, str, str] | None:
-        store = self._memories[of.memory].store
+        store = origin(self._memories[of.memory], self._ids)
         try:
             ids = store.context(of.entry, _BEFORE, _AFTER)
         except DatastoreError:
             return None
-        in_document = of.entry - int(store.document_starts[of.document])
+        start = 0 if of.document is None else int(store.document_starts[of.document])
+        in_document = of.entry - start
         return around(ids, min(_BEFORE, in_document), self._tokenizer)

@@ -43,7 +43,8 @@
   }
 
   function source(memory, document_) {
-    return (data.memories > 1 ? `memory ${memory + 1}, ` : "") + `document ${document_}`;
+    const place = document_ === null ? "this text" : `document ${document_}`;
+    return (data.memories > 1 ? `memory ${memory + 1}, ` : "") + place;
   }
 
   function neighbour([place, weight, rank], id) {

@@ -195,8 +195,9 @@ def _quote(context: Context) -> str:
     return f'<span class="quote" dir="auto">{before}<b>{token}</b>{after}</span>'
 
 
-def _document(reading: Reading, memory: int, document: int) -> str:
-    return f"memory {memory + 1}, " * (len(reading.memories) > 1) + f"document {document}"
+def _document(reading: Reading, memory: int, document: int | None) -> str:
+    place = "this text" if document is None else f"document {document}"
+    return f"memory {memory + 1}, " * (len(reading.memories) > 1) + place
 
 
 def _documents(reading: Reading) -> str:

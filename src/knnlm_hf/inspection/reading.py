@@ -94,13 +94,13 @@ class Reading:
     def _perplexity(self, log_prob: Callable[[Token], float]) -> float:
         return exp(-math.fsum(map(log_prob, self.tokens)) / len(self.tokens))
 
-    def documents(self) -> list[tuple[int, int, int, float]]:
+    def documents(self) -> list[tuple[int, int | None, int, float]]:
         """Documents by what they gave: (memory, document, tokens carried, share).
 
         The share of a document in one token is the part of the mixture's probability that comes
         from its entries among `carriers`, λ_i · Σ weights / P(token), and is summed over tokens.
         """
-        given: dict[tuple[int, int], dict[int, float]] = {}
+        given: dict[tuple[int, int | None], dict[int, float]] = {}
         for token in self.tokens:
             for near in token.carriers:
                 whole = math.exp(max(token.mixture, -700.0))
@@ -142,7 +142,7 @@ def read(
         _token(said, ids[said.position + 1], texts[said.position + 1], knn.lmbdas)
         for said in explained
     ]
-    contexts = Contexts(knn.memories, tokenizer)
+    contexts = Contexts(knn.memories, ids, tokenizer)
     return Reading(texts[0], tokens, is_cut, knn.lmbdas, knn.memories, contexts)
 
 

@@ -1,6 +1,7 @@
 """Memories: whatever turns captured hidden states into a distribution over the vocabulary."""
 
 from knnlm_hf.memory.base import Memory, as_memory, open_source
+from knnlm_hf.memory.cache import CacheMemory
 from knnlm_hf.memory.centroids import CentroidMemory
 from knnlm_hf.memory.distillation import distil
 from knnlm_hf.memory.evidence import Evidence, evidence
@@ -13,7 +14,7 @@ from knnlm_hf.memory.multi_embedding import MultiEmbeddingHead
 from knnlm_hf.memory.soft_targets import SoftTargets
 
 __all__ = [
-    "CentroidMemory", "Evidence", "Head", "KNNMemory", "MLPMemory", "Memory", "MixtureOfSoftmaxes",
-    "MultiEmbeddingHead", "SoftTargets", "as_memory", "distil", "evidence", "open_source",
-    "register",
+    "CacheMemory", "CentroidMemory", "Evidence", "Head", "KNNMemory", "MLPMemory", "Memory",
+    "MixtureOfSoftmaxes", "MultiEmbeddingHead", "SoftTargets", "as_memory", "distil", "evidence",
+    "open_source", "register",
 ]  # fmt: skip

@@ -12,12 +12,14 @@ from knnlm_hf.errors import SettingError
 
 _MODULES = {
     "knn": "knn",
+    "cache": "cache",
     "multi_embedding": "multi_embedding",
     "mixture_of_softmaxes": "mixture_of_softmaxes",
     "centroids": "centroids",
     "mlp": "mlp",
 }
 """Kind → the module of this package that has its class."""
+_NO_HEADS = ("knn", "cache")
 _classes: dict[str, type[Any]] = {}
 
 C = TypeVar("C", bound=type[Any])
@@ -62,7 +64,7 @@ def class_of(kind: Any, base: type[Any] = object) -> type[Any]:
         import_module(f"{__package__}.{_MODULES[kind]}")
     found = _classes.get(kind) if isinstance(kind, str) else None
     if found is None or not issubclass(found, base):
-        names = [name for name in (*_MODULES, *_classes) if name != "knn" or base is object]
+        names = [name for name in (*_MODULES, *_classes) if base is object or name not in _NO_HEADS]
         raise SettingError(
             f"unknown kind of {base.__name__.lower() if base is not object else 'memory'} {kind!r}:"
             f" expected one of {', '.join(dict.fromkeys(names))}; one of your own has to be "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from knnlm_hf.capture import Collector
 from knnlm_hf.interpolation import has_hit
+from knnlm_hf.memory.text import reads
 from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
 
 _MOST_TOKENS = 16
@@ -50,7 +51,7 @@ class Ahead:
     def _can_be_early(self, memory: Any) -> bool:
         if isinstance(memory, nn.Module):  # its product is gained only on a second core
             return not memory.training and self._threads > 1
-        return hasattr(memory, "search")
+        return hasattr(memory, "search") and not reads(memory)
 
     def __enter__(self) -> Ahead:
         if self._early:

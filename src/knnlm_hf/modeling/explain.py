@@ -17,6 +17,7 @@ from torch.nn.functional import log_softmax
 from knnlm_hf.capture import Collector, listening
 from knnlm_hf.errors import DatastoreError, KNNLMError
 from knnlm_hf.interpolation import knn_weights
+from knnlm_hf.memory.text import Reader, reads
 from knnlm_hf.modeling.mixture import memory_answer, mix_answers
 from knnlm_hf.types import check_count, one_or_all
 from knnlm_hf.windows import check_window, windows
@@ -26,22 +27,22 @@ _POSITIONS = 256  # whose distributions over the vocabulary are held at a time
 
 @dataclass(frozen=True)
 class Neighbour:
-    """One entry of the datastore, as seen from one position."""
+    """One entry of a datastore, or of the text itself, as seen from one position."""
 
     weight: float
     """Its share of the memory's distribution, in [0, 1]; the weights of all k hits sum to 1."""
     similarity: float
     """−‖q−k‖² or q·k: larger is nearer."""
     entry: int
-    """Its number in the datastore."""
+    """Its number in the datastore; in the text itself the position of its state."""
     token: int
     """The token that followed there."""
     token_text: str | None
     """The same as text, if there is a tokenizer."""
     context: str | None
     """The text around it in its document; None without a tokenizer, or in a subsample."""
-    document: int
-    """The corpus item it comes from."""
+    document: int | None
+    """The corpus item it comes from; None: it is of the text itself."""
     memory: int = 0
     """Which memory it is of: its number in `knn.memories`."""
     rank: int = 1
@@ -89,8 +90,7 @@ def explain(
     stride: int | None = None,
 ) -> list[Explanation]:
     """Explain the prediction after each token of one text; see `KNNLMForCausalLM.explain`."""
-    searching = [memory for memory in knn.memories if _has_neighbours(memory)]
-    if not searching:
+    if not any(map(_has_neighbours, knn.memories)):
         kinds = ", ".join(type(memory).__name__ for memory in knn.memories)
         raise KNNLMError(f"this memory ({kinds}) has no neighbours to show: expected a KNNMemory")
     check_count("top", top)
@@ -102,15 +102,49 @@ def explain(
             f"input_ids has shape {tuple(ids_T.shape)}, expected one text: (T,) or (1, T), T >= 1"
         )
     size, step = check_window(window, stride, knn.config.get_text_config(decoder=True))
-    tokenizer = tokenizer or getattr(searching[0].store, "tokenizer", None)
+    stores = (getattr(memory, "store", None) for memory in knn.memories)
+    kept = (getattr(store, "tokenizer", None) for store in stores)
+    tokenizer = tokenizer or next((one for one in kept if one is not None), None)
+    readers = [Reader(memory) for memory in knn.memories]
     explanations: list[Explanation] = []
     for lm_TV, states in _passes(knn, ids_T, size, step):
-        explanations += _explain(knn, lm_TV, states, ids_T, len(explanations), top, tokenizer)
+        first = len(explanations)
+        following_T = _following(ids_T, first, len(lm_TV))
+        memories = [
+            reader.read(states_TD, following_T, torch.zeros_like(following_T))
+            for reader, states_TD in zip(readers, states, strict=True)
+        ]
+        explanations += _explain(memories, knn.lmbdas, lm_TV, states, ids_T, first, top, tokenizer)
     return explanations
 
 
 def _has_neighbours(memory: Any) -> bool:
-    return hasattr(memory, "search") and hasattr(memory, "store")
+    return hasattr(memory, "search") and (hasattr(memory, "store") or reads(memory))
+
+
+def _following(ids_T: Tensor, first: int, count: int) -> Tensor:
+    """The tokens after `count` positions; −1 after the text's last."""
+    following_T = ids_T[first + 1 : first + 1 + count].long()
+    return torch.cat([following_T, following_T.new_full((count - len(following_T),), -1)])
+
+
+class OwnText:
+    """The text that is explained, asked as a datastore is of its own."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.values = ids[1:]
+
+    def context(self, i: int, before: int = 16, after: int = 8) -> list[int]:
+        """Token ids around the one after position `i`; see `DatastoreReader.context`."""
+        return self.values[max(0, i - before) : i + after + 1]
+
+    def document(self, i: int) -> None:
+        """No item of any corpus."""
+
+
+def origin(memory: Any, ids: list[int]) -> Any:
+    """Where a memory's neighbours stand: its datastore, or the text `ids` itself."""
+    return OwnText(ids) if reads(memory) else memory.store
 
 
 def _passes(
@@ -140,7 +174,8 @@ def _forward(knn: Any, ids_T: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 
 def _explain(
-    knn: Any,
+    memories: list[Any],
+    lmbdas: tuple[float, ...],
     lm_TV: Tensor,
     states: list[Tensor],
     ids_T: Tensor,
@@ -151,9 +186,9 @@ def _explain(
     """Explain the positions from `first` on, as many as `lm_TV` has."""
     answers = [
         memory_answer(states_TD, memory, lm_TV)
-        for memory, states_TD in zip(knn.memories, states, strict=True)
+        for memory, states_TD in zip(memories, states, strict=True)
     ]
-    mixed_TV = mix_answers(lm_TV, answers, knn.lmbdas)
+    mixed_TV = mix_answers(lm_TV, answers, lmbdas)
 
     def said(t: int, token: int) -> tuple[float, float, Any]:
         each = [float(answer.log_probs[t, token]) for answer in answers]
@@ -162,7 +197,7 @@ def _explain(
     predicted = mixed_TV.argmax(dim=-1).tolist()
     following = ids_T[first + 1 : first + 1 + len(predicted)].tolist()
     wanted = following + predicted[len(following) :]  # the text's last token is followed by none
-    hits = _hits(knn, states, wanted, top, tokenizer)
+    hits = _hits(memories, states, wanted, ids_T.tolist(), top, tokenizer)
     explanations = []
     for t, best in enumerate(predicted):
         token = following[t] if t < len(following) else None
@@ -189,22 +224,27 @@ def _explain(
 
 
 def _hits(
-    knn: Any, states: list[Tensor], wanted: list[int], top: int, tokenizer: Any
+    memories: list[Any],
+    states: list[Tensor],
+    wanted: list[int],
+    ids: list[int],
+    top: int,
+    tokenizer: Any,
 ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
     """At each position the nearest entries of every memory, and the nearest carrying `wanted`."""
     hits: list[tuple[list[Neighbour], list[Neighbour]]] = [([], []) for _ in wanted]
-    for number, (memory, states_TD) in enumerate(zip(knn.memories, states, strict=True)):
+    for number, (memory, states_TD) in enumerate(zip(memories, states, strict=True)):
         if not _has_neighbours(memory):
             continue
-        near = memory.search(states_TD)
+        store, near = origin(memory, ids), memory.search(states_TD)
         weights_TK = knn_weights(near.similarity, memory.temperature).exp()
         columns = [column.cpu() for column in (weights_TK, *near)]
         for t, (nearest, carriers) in enumerate(hits):
             row = [column[t] for column in columns]
             found = (row[2] >= 0).nonzero()[:top, 0]
             carrying = (row[3] == wanted[t]).nonzero()[:top, 0]
-            nearest += _neighbours(memory.store, number, row, found, tokenizer)
-            carriers += _neighbours(memory.store, number, row, carrying, tokenizer)
+            nearest += _neighbours(store, number, row, found, tokenizer)
+            carriers += _neighbours(store, number, row, carrying, tokenizer)
     return hits
 
 

@@ -11,6 +11,7 @@ from knnlm_hf import identity
 from knnlm_hf.capture import CapturePoint, find, locate
 from knnlm_hf.errors import KNNLMError, ModelMismatchError
 from knnlm_hf.memory.base import Memory, as_memory
+from knnlm_hf.memory.text import reads
 from knnlm_hf.modeling.heads import bring
 from knnlm_hf.types import each
 
@@ -68,7 +69,13 @@ def terms_of(
     for source, name in zip(sources, each("layer", layer, len(sources)), strict=True):
         one = as_memory(source)
         point = check_fit(model, one, name or one.layer, allow_mismatch)
-        terms.append(Term(one, point, after_slicing(model, point)))
+        sliced = after_slicing(model, point)
+        if sliced and reads(one):
+            raise KNNLMError(
+                f"layer {point.layer!r} has states only where there are logits, and a "
+                f"{type(one).__name__} needs those of the whole text: choose att or ffn"
+            )
+        terms.append(Term(one, point, sliced))
     bring((term.memory for term in terms), model)
     return tuple(terms)
 

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
-from knnlm_hf.capture import Collector, arm, listening
+from knnlm_hf.capture import CapturePoint, Collector, arm, listening
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import mix
+from knnlm_hf.memory.text import Text, reads
 from knnlm_hf.modeling.ahead import Ahead, Answer, ask
+from knnlm_hf.modeling.reading import length_before, read
 
 if TYPE_CHECKING:
     from knnlm_hf.memory.base import Memory
@@ -87,6 +89,8 @@ class _Call(NamedTuple):
     as_tuple: bool
     asked: list[_Asked]
     ahead: Ahead
+    before: int | None
+    """Tokens that its KV cache held before, where a memory reads the text."""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -102,7 +106,10 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
         return_dict = getattr(knn.config, "return_dict", True)
     arguments["return_dict"] = True
     labels = arguments.pop("labels", None)
-    return _Call(arguments, labels, not return_dict, *_listen(knn, own, arguments))
+    asked, ahead = _listen(knn, own, arguments)
+    reading = any(reads(one.term.memory) for one in asked)
+    before = length_before(arguments) if reading else None
+    return _Call(arguments, labels, not return_dict, asked, ahead, before)
 
 
 def _listen(knn: Any, own: Retrieval, arguments: dict[str, Any]) -> tuple[list[_Asked], Ahead]:
@@ -132,7 +139,8 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
         asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
-        answers = [_answer(own, call, one, logits) for one in asked]
+        texts = _texts(call, asked, output)
+        answers = [_answer(own, call, one, logits, texts) for one in asked]
         logits = mix_answers(logits, answers, [one.lmbda for one in asked])
     if call.labels is None and own.own_forward is None:
         output.logits = logits  # nobody else has this object
@@ -144,13 +152,30 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     return output.to_tuple() if call.as_tuple else output
 
 
-def _answer(own: Retrieval, call: _Call, asked: _Asked, lm: Tensor) -> Answer:
+def _texts(call: _Call, asked: Sequence[_Asked], output: Any) -> dict[CapturePoint, Text]:
+    """What memories that read the text have before them, by the place where they listen."""
+    reading = {one.heard.point: one.heard for one in asked if reads(one.term.memory)}
+    texts = {}
+    for point, heard in reading.items():
+        states_BTD = _all_states(call.arguments, heard)
+        if states_BTD is not None:
+            texts[point] = read(point, states_BTD, call.arguments, output, call.before)
+    return texts
+
+
+def _answer(
+    own: Retrieval, call: _Call, asked: _Asked, lm: Tensor, texts: dict[CapturePoint, Text]
+) -> Answer:
     """What the memory says at the positions of `lm`."""
     early = call.ahead.answer(asked.heard)
     if early is not None and early.log_probs.shape[:-1] == lm.shape[:-1]:
         return _fitted(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
-    return memory_answer(states, asked.term.memory, lm)
+    memory: Any = asked.term.memory
+    text = texts.get(asked.heard.point)
+    if text is not None and reads(memory):
+        memory = memory.reading(text, *_kept_places(own, call.arguments, asked.heard, text))
+    return memory_answer(states, memory, lm)
 
 
 def memory_answer(states: Tensor, memory: Memory, like_V: Tensor) -> Answer:
@@ -207,11 +232,37 @@ def _heard_states(
     """What was heard, sliced as the logits will be."""
     if term.sliced:
         return heard.raw
+    states = _all_states(arguments, heard)
+    return None if states is None else _kept(own, arguments, states)
+
+
+def _all_states(arguments: dict[str, Any], heard: Collector) -> Tensor | None:
+    """What was heard, (B, T, D)."""
     inputs = _inputs(arguments)
-    states = heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)
-    if states is not None and "logits_to_keep" in own.names:
-        states = _slice(states, arguments.get("logits_to_keep", 0))
-    return states
+    return heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)
+
+
+def _kept_places(
+    own: Retrieval, arguments: dict[str, Any], heard: Collector, text: Text
+) -> tuple[Tensor, Tensor]:
+    """Row and place in `text` of each position that has logits."""
+    states_BTD = _all_states(arguments, heard)
+    assert states_BTD is not None
+    rows, length = states_BTD.shape[:2]
+    read_S = text.values.shape[1]
+    grid_BT2 = torch.cartesian_prod(
+        torch.arange(rows, device=states_BTD.device),
+        torch.arange(read_S - length, read_S, device=states_BTD.device),
+    ).view(rows, length, 2)
+    row, place = _kept(own, arguments, grid_BT2).unbind(-1)
+    return row, place
+
+
+def _kept(own: Retrieval, arguments: dict[str, Any], states_BTD: Tensor) -> Tensor:
+    """Of all positions those that have logits."""
+    if "logits_to_keep" not in own.names:
+        return states_BTD
+    return _slice(states_BTD, arguments.get("logits_to_keep", 0))
 
 
 def _inputs(arguments: dict[str, Any]) -> Any:

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from knnlm_hf.capture import CapturePoint
 from knnlm_hf.errors import KNNLMError
+from knnlm_hf.memory.text import reads
 from knnlm_hf.modeling.clone import forward_slot, rebind, shallow_clone, take_own_forward
 from knnlm_hf.modeling.config import KNNLMConfig
 from knnlm_hf.modeling.explain import Explanation, explain
@@ -227,7 +228,16 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         return explain(self, input_ids, top, tokenizer, window, stride)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own; inside `disable_retrieval()` its worker thread is without it too."""
+        """As the model's own; inside `disable_retrieval()` its worker thread is without it too.
+
+        Raises:
+            KNNLMError: a memory reads the text, whose rows are not kept apart there.
+        """
+        if self.retrieves and (reading := [m for m in self.memories if reads(m)]):
+            raise KNNLMError(
+                f"generate_batch and continuous batching: a {type(reading[0]).__name__} needs each "
+                "text's own KV cache: use generate(), or leave that memory out"
+            )
         model: Any = super() if self.retrieves else self.unwrap()
         return model.init_continuous_batching(*args, **kwargs)
 

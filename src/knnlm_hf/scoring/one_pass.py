@@ -17,6 +17,7 @@ from knnlm_hf.corpus import documents
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.memory import evidence
 from knnlm_hf.memory.evidence import searches
+from knnlm_hf.memory.text import Reader, reads
 from knnlm_hf.modeling import KNNLMForCausalLM
 from knnlm_hf.progress import track
 from knnlm_hf.scores import TokenScores
@@ -80,6 +81,7 @@ class _Scorer:
             self.points = model.capture_points
         for point in self.points:
             capture.arm(model, point)
+        self.readers = [Reader(memory) for memory in self.memories]
         self.own_entries = OwnEntries(self.memories) if exclude_self else None
         accepted = inspect.signature(model.forward).parameters
         self.can_slice = "logits_to_keep" in accepted
@@ -97,17 +99,18 @@ class _Scorer:
         begun = time.perf_counter()
         lm_N, hidden_ND = self._forward(batch, targets_N)
         modelled = time.perf_counter()
-        found = tuple(
-            evidence(memory, states_ND, targets_N, own_N if searches(memory) else None).cpu()
-            for memory, states_ND in zip(self.memories, hidden_ND, strict=True)
-        )
+        found = []
+        for memory, reader, states_ND in zip(self.memories, self.readers, hidden_ND, strict=True):
+            asked = reader.read(states_ND, targets_N, documents_N)
+            own_n = own_N if searches(memory) and not reads(memory) else None
+            found.append(evidence(asked, states_ND, targets_N, own_n).cpu())
         done = time.perf_counter()
         return TokenScores(
             lm_log_probs=lm_N.cpu(),
             tokens=targets_N.int(),
             documents=documents_N,
             context=columns_N.int() + 1,
-            memories=found,
+            memories=tuple(found),
             lmbdas=self.lmbdas,
             model_seconds=modelled - begun,
             memory_seconds=done - modelled,

@@ -11,6 +11,7 @@ from torch import Tensor
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.memory.evidence import searches
+from knnlm_hf.memory.text import reads
 
 
 class OwnEntries:
@@ -24,7 +25,7 @@ class OwnEntries:
     """
 
     def __init__(self, memories: Iterable[Any]) -> None:
-        searching = [memory for memory in memories if searches(memory)]
+        searching = [memory for memory in memories if searches(memory) and not reads(memory)]
         if not searching:
             raise KNNLMError("exclude_self needs a model with a datastore, found none")
         stores = [getattr(memory, "store", None) for memory in searching]

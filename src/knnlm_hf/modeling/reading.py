@@ -1,0 +1,145 @@
+"""The text of one forward, and of those before it: what a memory reads that learns from the text.
+
+With a KV cache a forward is given only the new tokens. The states of those before are kept in the
+cache itself, as one layer more: whatever is done to a cache (beams reorder it, rejected drafts are
+cropped, rows are repeated or selected) is then done to them too, and nothing is left behind when
+it goes.
+
+Shape suffixes: B text, T new position, S position, D hidden dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from knnlm_hf.capture import CapturePoint
+from knnlm_hf.memory.text import Text
+
+_PADDING, _UNKNOWN = -2, -1  # in place of tokens: not to be found, and not to be predicted
+
+
+class StatesLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """States and tokens of all positions in a KV cache.
+
+    `keys` are (B, 1, S, D) states, `values` (B, 1, S, 2) tokens and positions.
+    """
+
+    keys: Any
+    values: Any
+
+    def __init__(self, point: CapturePoint) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.point = point
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, both in their own dtype."""
+        if self.is_initialized:
+            key_states = torch.cat([self.keys, key_states], dim=-2)
+            value_states = torch.cat([self.values, value_states], dim=-2)
+        self.keys, self.values = key_states, value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+        return self.keys, self.values
+
+    def fit(self, length: int, states_BTD: Tensor) -> None:
+        """Hold `length` positions before `states_BTD` come: drop what is behind, or leave a gap."""
+        if self.is_initialized and self.keys.shape[0] != states_BTD.shape[0]:
+            self.reset()
+        gap = length - self.get_seq_length()
+        if gap < 0:
+            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+        elif gap > 0:  # read by somebody else, the model alone for instance
+            rows, _, width = states_BTD.shape
+            marks_B1S2 = torch.full((rows, 1, gap, 2), _PADDING, device=states_BTD.device)
+            self.update(states_BTD.new_zeros(rows, 1, gap, width), marks_B1S2)
+
+
+def length_before(arguments: dict[str, Any]) -> int | None:
+    """How many tokens the forward's KV cache holds; None where it cannot tell."""
+    cache = _cache(arguments)
+    try:
+        return 0 if cache is None else int(cache.get_seq_length())
+    except (ValueError, NotImplementedError):  # states that count no positions
+        return None
+
+
+def read(
+    point: CapturePoint,
+    states_BTD: Tensor,
+    arguments: dict[str, Any],
+    output: Any,
+    before: int | None,
+) -> Text:
+    """The text that ends with this forward, its states at `point` being those of the new tokens.
+
+    Args:
+        point: where they were captured.
+        states_BTD: all of them, whatever `logits_to_keep` says.
+        arguments: of the forward.
+        output: its output, in which a KV cache may have been made.
+        before: from `length_before`, before the forward.
+    """
+    states_BTD = states_BTD.detach()
+    given = _cache(arguments)
+    layer = _layer_in(_cache(output) if given is None else given, point)
+    if before is not None:
+        layer.fit(before, states_BTD)
+    begin = layer.get_seq_length()
+    marks_BT2 = torch.stack(_tokens_and_positions(states_BTD, arguments, begin), dim=-1)
+    keys_B1SD, marks_B1S2 = layer.update(states_BTD[:, None], marks_BT2[:, None])
+    tokens_BS, positions_BS = marks_B1S2[:, 0].unbind(-1)
+    # A text ends where positions do not go on: rows that are packed hold several.
+    begins_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
+    begins_BS[:, 1:] = positions_BS[:, 1:] != positions_BS[:, :-1] + 1
+    values_BS = torch.full_like(tokens_BS, -1)
+    is_entry_BS = ~begins_BS[:, 1:] & (tokens_BS[:, :-1] != _PADDING)
+    values_BS[:, :-1] = tokens_BS[:, 1:].masked_fill(~is_entry_BS, -1)
+    return Text(keys_B1SD[:, 0], values_BS, begins_BS.cumsum(dim=1))
+
+
+def _tokens_and_positions(
+    states_BTD: Tensor, arguments: dict[str, Any], begin: int
+) -> tuple[Tensor, Tensor]:
+    """(B, T) tokens of the new positions, and the positions themselves."""
+    rows, length = states_BTD.shape[:2]
+    device = states_BTD.device
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    positions = arguments.get("position_ids")
+    tokens_BT = torch.full((rows, length), _UNKNOWN, device=device)
+    if isinstance(ids, Tensor) and ids.shape == tokens_BT.shape:
+        tokens_BT = ids.to(device, torch.int64)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
+        is_padding_BT = mask[:, mask.shape[1] - length :].to(device) == 0
+        tokens_BT = tokens_BT.masked_fill(is_padding_BT, _PADDING)
+    positions_BT = torch.arange(begin, begin + length, device=device)[None]
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
+        positions_BT = positions.to(device, torch.int64)
+    return tokens_BT, positions_BT.expand(rows, length)
+
+
+def _cache(holder: Any) -> Cache | None:
+    """The KV cache among a forward's arguments, or in its output."""
+    for name in ("past_key_values", "cache_params"):
+        found = holder.get(name) if isinstance(holder, dict) else getattr(holder, name, None)
+        if isinstance(found, EncoderDecoderCache):
+            found = found.self_attention_cache
+        if isinstance(found, Cache):
+            return found
+    return None
+
+
+def _layer_in(cache: Cache | None, point: CapturePoint) -> StatesLayer:
+    """Our layer of this cache, new where it has none; without a cache one that is not kept."""
+    layers = [] if cache is None else cache.layers
+    for layer in layers:
+        if isinstance(layer, StatesLayer) and layer.point == point:
+            return layer
+    new = StatesLayer(point)
+    layers.append(new)
+    return new
