@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.index.base import check_finite, missing
@@ -143,7 +144,6 @@ class CacheMemory(NeighbourMemory):
         reader._text, reader._asked = text, (rows.reshape(-1), places.reshape(-1))
         return reader
 
-    @torch.no_grad()
     def search(
         self, queries: Tensor, k: int | None = None, *, exclude: Tensor | None = None
     ) -> Neighbors:
@@ -164,23 +164,39 @@ class CacheMemory(NeighbourMemory):
         if exclude is not None:
             raise KNNLMError("exclude: a CacheMemory has no entries of a datastore to leave out")
         self._check_queries(queries, f"the memory has states of layer {self.layer!r}")
-        similarity_QK, ids_QK = missing(len(queries), k, queries.device)
-        tokens_QK = torch.full_like(ids_QK, -1)
+        similarity_QK, ids_QK, tokens_QK = self._found(queries, k)
+        more = (0, k - ids_QK.shape[1])
+        return Neighbors(
+            pad(similarity_QK, more, value=-torch.inf),
+            pad(ids_QK, more, value=-1),
+            pad(tokens_QK, more, value=-1),
+        )
+
+    def _near(self, hidden: Tensor) -> Neighbors:
+        queries_QD = hidden.reshape(-1, hidden.shape[-1])
+        self._check_queries(queries_QD, f"the memory has states of layer {self.layer!r}")
+        return self._found(queries_QD, self.k)
+
+    @torch.no_grad()
+    def _found(self, queries_QD: Tensor, k: int) -> Neighbors:
+        """`search`, no wider than the most that a query finds, but 1."""
         if self._text is None or self._asked is None:
-            return Neighbors(similarity_QK, ids_QK, tokens_QK)
-        check_finite(queries)
+            return _nothing(queries_QD, 1)
         rows_Q, places_Q = self._asked
-        if len(rows_Q) != len(queries):
-            raise KNNLMError(f"{len(queries)} queries, but {len(rows_Q)} places in the text")
-        for row in sorted(set(rows_Q.tolist())):
-            for mine_q in (rows_Q == row).nonzero()[:, 0].split(_QUERIES):
-                with torch.autocast(queries.device.type, enabled=False):
-                    found = self._before(queries[mine_q], row, places_Q[mine_q], k)
-                width = found.ids.shape[1]
-                similarity_QK[mine_q, :width] = found.similarity
-                ids_QK[mine_q, :width] = found.ids
-                tokens_QK[mine_q, :width] = found.tokens
-        return Neighbors(similarity_QK, ids_QK, tokens_QK)
+        if len(rows_Q) != len(queries_QD):
+            raise KNNLMError(f"{len(queries_QD)} queries, but {len(rows_Q)} places in the text")
+        check_finite(queries_QD)
+        rows = sorted(set(rows_Q.tolist()))
+        with torch.autocast(queries_QD.device.type, enabled=False):
+            if len(rows) == 1 and len(queries_QD) <= _QUERIES:  # while generating
+                return self._before(queries_QD, rows[0], places_Q, k)
+            near = _nothing(queries_QD, min(k, self._text.keys.shape[1]))
+            for row in rows:
+                for mine_q in (rows_Q == row).nonzero()[:, 0].split(_QUERIES):
+                    found = self._before(queries_QD[mine_q], row, places_Q[mine_q], k)
+                    for column_QK, found_qK in zip(near, found, strict=True):
+                        column_QK[mine_q, : found_qK.shape[1]] = found_qK
+            return near
 
     def _before(self, queries_QD: Tensor, row: int, places_Q: Tensor, k: int) -> Neighbors:
         """What queries in one row find before them, at most k."""
@@ -189,11 +205,13 @@ class CacheMemory(NeighbourMemory):
         low = max(0, int(places_Q.min()) - self.size)
         near = slice(low, int(places_Q.max()))
         ids_S = (values_BS[row, near] >= 0).nonzero()[:, 0] + low
-        keys_SD, values_S = keys_BSD[row, ids_S], values_BS[row, ids_S]
-        check_finite(keys_SD)
+        if not len(ids_S):
+            return _nothing(queries_QD, 1)
+        values_S = values_BS[row, ids_S]
         is_entry_QS = (ids_S < places_Q[:, None]) & (ids_S >= places_Q[:, None] - self.size)
         is_entry_QS &= parts_BS[row, ids_S] == parts_BS[row, places_Q][:, None]
-        similarity_QS = similarities(queries_QD, keys_SD, self.metric)
+        similarity_QS = similarities(queries_QD, keys_BSD[row, ids_S], self.metric)
+        check_finite(similarity_QS)
         similarity_QS.masked_fill_(~is_entry_QS, -torch.inf)
         similarity_QK, where_QK = similarity_QS.topk(min(k, len(values_S)), dim=1)
         is_missing_QK = similarity_QK == -torch.inf
@@ -232,6 +250,12 @@ class CacheMemory(NeighbourMemory):
     ) -> Self:
         """One of these settings; nothing is read from `source`."""
         return cls(**settings)
+
+
+def _nothing(queries_QD: Tensor, k: int) -> Neighbors:
+    """What queries find where there is nothing."""
+    similarity_QK, ids_QK = missing(len(queries_QD), k, queries_QD.device)
+    return Neighbors(similarity_QK, ids_QK, torch.full_like(ids_QK, -1))
 
 
 def similarities(queries_QD: Tensor, keys_SD: Tensor, metric: Metric) -> Tensor:

@@ -1,10 +1,10 @@
 """Hidden states times a head's rows: of a few states, at the speed at which memory is read.
 
 While text is generated a head sees one state at a time, and all of its rows for it. With MKL the
-usual order is slow there: for 2 to 8 states a product with the rows on the left takes from half to a
-quarter of the time, and from about a dozen on the usual order is as fast or faster. One state is a
-matrix–vector product, of which it depends on the CPU, for 8,192 × 256 floats: 1.05 ms where there is
-AVX-512, 0.50 ms with the state taken twice; without AVX-512 0.22 ms, and 0.52 ms taken twice.
+usual order is slow there: for 2 to 8 states a product with the rows on the left takes from half to
+a quarter of the time, and from about a dozen on the usual order is as fast or faster. One state is
+a matrix–vector product, of which it depends on the CPU, for 8,192 × 256 floats: 1.05 ms where there
+is AVX-512, 0.50 ms with the state taken twice; without AVX-512 0.22 ms, and 0.52 ms taken twice.
 
 Shape suffixes: Q state, R row, D dimension.
 """

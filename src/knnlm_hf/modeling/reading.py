@@ -23,9 +23,10 @@ _PADDING, _UNKNOWN = -2, -1  # in place of tokens: not to be found, and not to b
 
 
 class StatesLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """States and tokens of all positions in a KV cache.
+    """The text that a KV cache has read: `keys` (B, 1, S, D) and `values` (B, 1, S, 3).
 
-    `keys` are (B, 1, S, D) states, `values` (B, 1, S, 2) tokens and positions.
+    The keys are states; the values are columns: the token after each state, the number of its part,
+    and its position. What stands last has no token after it yet.
     """
 
     keys: Any
@@ -56,8 +57,14 @@ class StatesLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
         elif gap > 0:  # read by somebody else, the model alone for instance
             rows, _, width = states_BTD.shape
-            marks_B1S2 = torch.full((rows, 1, gap, 2), _PADDING, device=states_BTD.device)
-            self.update(states_BTD.new_zeros(rows, 1, gap, width), marks_B1S2)
+            unknown_B1S3 = torch.full((rows, 1, gap, 3), _PADDING, device=states_BTD.device)
+            self.update(states_BTD.new_zeros(rows, 1, gap, width), unknown_B1S3)
+
+    @property
+    def text(self) -> Text:
+        """All of it."""
+        values_BS, parts_BS, _ = self.values[:, 0].unbind(-1)
+        return Text(self.keys[:, 0], values_BS, parts_BS)
 
 
 def length_before(arguments: dict[str, Any]) -> int | None:
@@ -90,17 +97,26 @@ def read(
     layer = _layer_in(_cache(output) if given is None else given, point)
     if before is not None:
         layer.fit(before, states_BTD)
-    begin = layer.get_seq_length()
-    marks_BT2 = torch.stack(_tokens_and_positions(states_BTD, arguments, begin), dim=-1)
-    keys_B1SD, marks_B1S2 = layer.update(states_BTD[:, None], marks_BT2[:, None])
-    tokens_BS, positions_BS = marks_B1S2[:, 0].unbind(-1)
-    # A text ends where positions do not go on: rows that are packed hold several.
-    begins_BS = torch.ones_like(tokens_BS, dtype=torch.bool)
-    begins_BS[:, 1:] = positions_BS[:, 1:] != positions_BS[:, :-1] + 1
-    values_BS = torch.full_like(tokens_BS, -1)
-    is_entry_BS = ~begins_BS[:, 1:] & (tokens_BS[:, :-1] != _PADDING)
-    values_BS[:, :-1] = tokens_BS[:, 1:].masked_fill(~is_entry_BS, -1)
-    return Text(keys_B1SD[:, 0], values_BS, begins_BS.cumsum(dim=1))
+    seen = layer.get_seq_length()
+    tokens_BT, positions_BT = _tokens_and_positions(states_BTD, arguments, seen)
+    # The last of what was read before stands in front: the token after it is known now.
+    last_B3 = layer.values[:, 0, -1] if seen else tokens_BT.new_full((len(tokens_BT), 3), _PADDING)
+    positions_BU = torch.cat([last_B3[:, 2:], positions_BT], dim=1)
+    # A part ends where positions do not go on: packed rows hold several texts.
+    begins_BT = positions_BU[:, 1:] != positions_BU[:, :-1] + 1
+    parts_BT = last_B3[:, 1:2] + begins_BT.cumsum(dim=1)
+    is_padding_BT = tokens_BT == _PADDING
+    after_BT = tokens_BT.masked_fill(begins_BT, _UNKNOWN)
+    values_BT = torch.full_like(tokens_BT, _UNKNOWN)
+    values_BT[:, :-1] = after_BT[:, 1:]
+    marks_BT3 = torch.stack(
+        [values_BT.masked_fill_(is_padding_BT, _PADDING), parts_BT, positions_BT], dim=-1
+    )
+    if seen:
+        was_padding_B = last_B3[:, 0] == _PADDING
+        layer.values[:, 0, -1, 0] = after_BT[:, 0].masked_fill(was_padding_B, _PADDING)
+    layer.update(states_BTD[:, None], marks_BT3[:, None])
+    return layer.text
 
 
 def _tokens_and_positions(
