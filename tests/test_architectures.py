@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from knnlm_hf.capture import capturing, find, states
 from knnlm_hf.errors import CaptureError
 from knnlm_hf.modeling import KNNLMForCausalLM
+from knnlm_hf.parallel import two_at_a_time
 
 LMBDA = 0.6
 NO_FEED_FORWARD = {t for t, path in reference.FEED_FORWARD.items() if path is None}
@@ -196,3 +197,17 @@ def test_no_feed_forward_refuses_att(case: Case) -> None:
         return
     with pytest.raises(CaptureError, match=r"no feed-forward .*choose 'ffn', 'final'"):
         find(case.model, "att")
+
+
+def test_two_threads_run_it_as_one_does(case: Case) -> None:
+    """`Datastore.build` runs halves of a batch side by side: nothing may be kept in the model."""
+    point = find(case.model, case.best_layer)
+    generator = torch.Generator().manual_seed(5)
+    batches = [torch.randint(3, V, (2, 9), generator=generator) for _ in range(8)]
+
+    def work(input_ids: Tensor) -> Tensor:
+        return states(case.model, point, input_ids)
+
+    alone = [work(input_ids) for input_ids in batches]
+    for one, other in zip(two_at_a_time(work, batches), alone, strict=True):
+        torch.testing.assert_close(one, other, **TOLERANCE)

@@ -1,6 +1,7 @@
 """Building against plain forward passes with a plain hook, one window at a time."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import tiny
 import torch
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
-from knnlm_hf import Datastore
+from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory
 from knnlm_hf.errors import (
     CaptureError,
     CorpusError,
@@ -343,3 +344,58 @@ def test_the_manifest_holds_no_time_and_no_machine(tmp_path):
 def test_the_saved_tokenizer_loads_by_itself(tmp_path):
     build(tmp_path / "s", items=tiny.text(ITEMS), tokenizer=tiny.tokenizer())
     assert len(AutoTokenizer.from_pretrained(tmp_path / "s" / "tokenizer")) == 61
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def passing(model, notes, note=lambda: threading.current_thread().name):
+    """Note something of every forward that passes the last layer, without a hook."""
+    inner = model.transformer.h[1].ln_2.forward
+
+    def forward(hidden):
+        notes.add(note())
+        return inner(hidden)
+
+    model.transformer.h[1].ln_2.forward = forward
+    return model
+
+
+def test_two_halves_of_a_batch_side_by_side_give_the_same_keys(tmp_path, two_threads):
+    names = set()
+    two = build(tmp_path / "two", passing(tiny.gpt2(), names), batch_size=5)
+    assert len(names) == 3  # the first batch is the caller's own
+    torch.set_num_threads(1)
+    one = build(tmp_path / "one", batch_size=5)
+    assert torch.equal(two.values, one.values)
+    torch.testing.assert_close(two.keys[:], one.keys[:], rtol=0, atol=2e-3)
+
+
+def test_a_wrapper_retrieves_in_none_of_the_threads(tmp_path, two_threads):
+    store, notes = build(tmp_path / "store"), set()
+    knn = KNNLMForCausalLM(tiny.gpt2(), KNNMemory(store, k=3))
+    passing(knn, notes, lambda: (threading.current_thread().name, knn.retrieves))
+    again = build(tmp_path / "again", knn)
+    assert len(notes) == 3
+    assert not any(retrieves for _, retrieves in notes)
+    assert torch.equal(again.keys[:], store.keys[:])
+
+
+@pytest.mark.parametrize("why", ["a hook", "accelerate", "autocast", "one thread"])
+def test_one_thread_where_two_might_disturb_each_other(tmp_path, two_threads, why):
+    names = set()
+    model = passing(tiny.gpt2(), names)
+    if why == "a hook":
+        model.transformer.wte.register_forward_hook(lambda module, args, output: None)
+    elif why == "accelerate":
+        model.transformer.wte._hf_hook = None
+    elif why == "one thread":
+        torch.set_num_threads(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        build(tmp_path / "store", model)
+    assert names == {threading.current_thread().name}

@@ -1,11 +1,12 @@
 """Blocks of work over threads: every row once, errors reach the caller, settings stay."""
 
 import threading
+from contextvars import ContextVar
 
 import pytest
 import torch
 
-from knnlm_hf.parallel import over_blocks
+from knnlm_hf.parallel import over_blocks, two_at_a_time
 
 
 @pytest.fixture
@@ -49,3 +50,58 @@ def test_one_thread_works_in_the_caller():
     over_blocks(lambda part: names.append(threading.current_thread().name), 9, 3)
     torch.set_num_threads(before)
     assert set(names) == {threading.current_thread().name}
+
+
+# --- two at a time ----------------------------------------------------------------------------
+
+WHO: ContextVar[str] = ContextVar("who", default="nobody")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 20])
+def test_results_in_order_from_two_threads_with_half_of_the_cores(three_threads, count):
+    seen, both = set(), threading.Barrier(2)
+
+    def work(item):
+        if count == 20 and item in (1, 2):
+            both.wait(timeout=30)  # passes only where both are worked on at once
+        seen.add((threading.current_thread().name, torch.get_num_threads(), WHO.get()))
+        return 10 * item
+
+    token = WHO.set("the caller")
+    assert list(two_at_a_time(work, range(count))) == [10 * item for item in range(count)]
+    WHO.reset(token)
+    here = (threading.current_thread().name, 3, "the caller")
+    assert (here in seen) == (count > 0)
+    others = seen - {here}
+    assert len(others) <= 2
+    assert (len(others) == 2) == (count == 20)
+    assert all(threads == 1 and who == "the caller" for _, threads, who in others)
+    assert torch.get_num_threads() == 3
+
+
+def test_no_more_is_taken_than_is_worked_on(three_threads):
+    taken = []
+
+    def items():
+        for item in range(20):
+            taken.append(item)
+            yield item
+
+    results = two_at_a_time(lambda item: item, items())
+    for done in range(8):
+        assert next(results) == done
+        assert len(taken) <= done + 4
+    results.close()
+    assert len(taken) < 13
+
+
+def test_an_error_of_one_ends_all(three_threads):
+    def work(item):
+        if item == 3:
+            raise ValueError("item 3")
+        return item
+
+    results = two_at_a_time(work, range(1_000_000))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="item 3"):
+        next(results)

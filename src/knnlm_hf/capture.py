@@ -306,6 +306,15 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def has_other_hooks(model: nn.Module) -> bool:
+    """Whether somebody else too has hooks in `model`, or accelerate moves its weights."""
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if hasattr(module, "_hf_hook") or not all(isinstance(hook, _Hook) for hook in hooks):
+            return True
+    return False
+
+
 @torch.no_grad()
 def states(model: nn.Module, point: CapturePoint, input_ids: Tensor, **kwargs: Any) -> Tensor:
     """Return the states (B, T, D) at `point`, computing nothing after it.

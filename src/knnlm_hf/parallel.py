@@ -8,12 +8,18 @@ while they compute.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from itertools import islice
 from threading import Lock, Thread, local
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # subtle: torch.set_num_threads is a thread's own setting, but also what threads begun later start
 # with. One that begins while another thread spares a core would have one too few for good.
@@ -52,10 +58,10 @@ def spare_none(threads: int) -> None:
         _sparing -= 1
 
 
-def _use_one_core() -> None:
-    """Keep this thread's torch operations on this thread."""
+def _use_cores(count: int) -> None:
+    """Let torch use so many threads in this one, and in others as many as before."""
     others = threads_here()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     _in_a_new_thread(lambda: torch.set_num_threads(others))
 
 
@@ -70,7 +76,8 @@ def _in_a_new_thread(work: Callable[[], Any]) -> Any:
 pool = ThreadPoolExecutor(
     max_workers=max(4, os.cpu_count() or 1),
     thread_name_prefix="knnlm-hf",
-    initializer=_use_one_core,
+    initializer=_use_cores,
+    initargs=(1,),
 )
 """Threads with one core each."""
 
@@ -96,3 +103,27 @@ def over_blocks(work: Callable[[slice], None], total: int, size: int) -> None:
         return
     for done in [pool.submit(share, first) for first in range(threads)]:
         done.result()
+
+
+def two_at_a_time(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """work(item) of every item, in order, two being worked on, each on half of the cores.
+
+    The next ones are worked on while the consumer has one. The first is done alone, here: what is
+    made on first use is then made once. Contexts (`contextvars`) are the caller's; what torch keeps
+    for each thread, autocast and the like, is not.
+    """
+    rest = iter(items)
+    for item in islice(rest, 1):
+        yield work(item)
+    cores = max(1, threads_here() // 2)
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(2, "knnlm-hf-two", _use_cores, (cores,)) as two:
+        try:
+            for item in rest:
+                waiting.append(two.submit(copy_context().run, work, item))
+                if len(waiting) > 2:
+                    yield waiting.popleft().result()
+            for result in waiting:
+                yield result.result()
+        finally:
+            two.shutdown(wait=True, cancel_futures=True)

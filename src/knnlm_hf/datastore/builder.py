@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnlm_hf.capture import evaluating, find, states
+from knnlm_hf.capture import evaluating, find, has_other_hooks, states
 from knnlm_hf.corpus import Documents
 from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.card import card
@@ -19,6 +20,7 @@ from knnlm_hf.datastore.ledger import CorpusCheck, Ledger
 from knnlm_hf.datastore.manifest import DTYPES, NAME, Manifest
 from knnlm_hf.datastore.writer import ShardText, StoreWriter
 from knnlm_hf.errors import DatastoreError, KNNLMError
+from knnlm_hf.parallel import two_at_a_time
 from knnlm_hf.progress import track
 from knnlm_hf.windows import Batch, batches
 
@@ -46,24 +48,24 @@ class StoreBuild:
 
     def run(self, progress: bool) -> None:
         """Write what is missing."""
-        done, position = self.manifest.entries, 0
+        done = self.manifest.entries
         settings = self.manifest
         ledger = Ledger(settings.shard_size, self._take_text)
-        rows = batches(
-            ledger.read(self.texts), settings.window, settings.stride, settings.batch_size
-        )
+        # Half a batch at a time: of two threads each has one, which is faster than both on one.
+        half = max(1, settings.batch_size // 2)
+        rows = batches(ledger.read(self.texts), settings.window, settings.stride, half)
         base: Any = getattr(self.model, "disable_retrieval", nullcontext)
         try:
             with evaluating(self.model), base():
-                for batch in track(rows, "building", lambda b: b.new, show=progress):
-                    if position + batch.new > done:  # else all of it is in finished shards
-                        self._append(self._keys(batch)[max(0, done - position) :])
-                    position += batch.new
+                tracked = track(rows, "building", lambda b: b.new, show=progress)
+                for keys_ND in self._all_keys(tracked, done):
+                    self._append(keys_ND)
             ledger.finish()
             if self.writer is None:
                 raise DatastoreError(
                     f"{self.folder}: the corpus is not the one that the store was begun with: it "
-                    f"ends after {position:,} entries, the unfinished store has {done:,} and more"
+                    f"ends after {ledger.entries:,} entries, the unfinished store has {done:,} and "
+                    "more"
                 )
             with atomic.explaining(self.folder):
                 text = card(self.writer.manifest, ledger.entries, ledger.documents)
@@ -79,6 +81,35 @@ class StoreBuild:
         finally:
             if self.writer is not None:
                 self.writer.close()
+
+    def _all_keys(self, rows: Iterable[Batch], done: int) -> Iterator[Tensor]:
+        """The keys of all batches, in order, without those of the first `done` entries."""
+        position = 0
+
+        def missing() -> Iterator[tuple[Batch, int]]:
+            nonlocal position
+            for batch in rows:
+                first, position = position, position + batch.new
+                if position > done:  # else all of it is in finished shards
+                    yield batch, max(0, done - first)
+
+        def keys(of: tuple[Batch, int]) -> Tensor:
+            batch, present = of
+            return self._keys(batch)[present:]
+
+        return two_at_a_time(keys, missing()) if self._can_share() else map(keys, missing())
+
+    def _can_share(self) -> bool:
+        """Whether two threads may run the model at once, and gain by it.
+
+        Not where somebody's hooks may remember what passed last, where weights come and go, where
+        torch compiles, nor where autocast is on, which is a thread's own.
+        """
+        if self.device.type != "cpu" or torch.get_num_threads() < 2:
+            return False
+        if torch.is_autocast_enabled("cpu") or hasattr(self.model, "_orig_mod"):
+            return False
+        return not has_other_hooks(self.model)
 
     def _take_text(self, index: int, text: ShardText) -> None:
         if index < self.finished:
