@@ -14,9 +14,9 @@ SOURCE = Path(knnlm_hf.__file__).parent
 # From the ground up. A room may import those before it, and itself; nothing above.
 ROOMS = [
     "errors", "types", "interpolation", "progress", "parallel", "folders", "persistence",
-    "untrusted", "windows", "texts", "corpus", "capture", "identity", "loading", "datastore",
-    "index", "memory", "modeling", "build", "scores", "scoring", "tuning", "sources", "inspection",
-    "demo", "study", "cli",
+    "untrusted", "windows", "texts", "corpus", "capture", "forwards", "identity", "loading",
+    "datastore", "index", "memory", "modeling", "build", "scores", "scoring", "tuning", "sources",
+    "inspection", "demo", "study", "cli",
 ]  # fmt: skip
 
 

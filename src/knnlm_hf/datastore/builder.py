@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from knnlm_hf.capture import evaluating, find, has_other_hooks, states
+from knnlm_hf import forwards
+from knnlm_hf.capture import evaluating, find, states
 from knnlm_hf.corpus import Documents
 from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.card import card
@@ -20,7 +21,6 @@ from knnlm_hf.datastore.ledger import CorpusCheck, Ledger
 from knnlm_hf.datastore.manifest import DTYPES, NAME, Manifest
 from knnlm_hf.datastore.writer import ShardText, StoreWriter
 from knnlm_hf.errors import DatastoreError, KNNLMError
-from knnlm_hf.parallel import two_at_a_time
 from knnlm_hf.progress import track
 from knnlm_hf.windows import Batch, batches
 
@@ -51,9 +51,8 @@ class StoreBuild:
         done = self.manifest.entries
         settings = self.manifest
         ledger = Ledger(settings.shard_size, self._take_text)
-        # Half a batch at a time: of two threads each has one, which is faster than both on one.
-        half = max(1, settings.batch_size // 2)
-        rows = batches(ledger.read(self.texts), settings.window, settings.stride, half)
+        batch_size = forwards.half(settings.batch_size)
+        rows = batches(ledger.read(self.texts), settings.window, settings.stride, batch_size)
         base: Any = getattr(self.model, "disable_retrieval", nullcontext)
         try:
             with evaluating(self.model), base():
@@ -97,19 +96,7 @@ class StoreBuild:
             batch, present = of
             return self._keys(batch)[present:]
 
-        return two_at_a_time(keys, missing()) if self._can_share() else map(keys, missing())
-
-    def _can_share(self) -> bool:
-        """Whether two threads may run the model at once, and gain by it.
-
-        Not where somebody's hooks may remember what passed last, where weights come and go, where
-        torch compiles, nor where autocast is on, which is a thread's own.
-        """
-        if self.device.type != "cpu" or torch.get_num_threads() < 2:
-            return False
-        if torch.is_autocast_enabled("cpu") or hasattr(self.model, "_orig_mod"):
-            return False
-        return not has_other_hooks(self.model)
+        return forwards.run(self.model, keys, missing())
 
     def _take_text(self, index: int, text: ShardText) -> None:
         if index < self.finished:

@@ -1,0 +1,47 @@
+"""Many forwards of one model, two at a time where that is faster.
+
+On a CPU two threads with half of a batch each are faster than both on one whole batch: small
+operations are not divided, and no thread waits for the other at every one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from knnlm_hf.capture import has_other_hooks
+from knnlm_hf.parallel import two_at_a_time
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def half(batch_size: int) -> int:
+    """Rows of each forward, so that two at a time need no more memory than one whole batch."""
+    return max(1, batch_size // 2)
+
+
+def run(model: nn.Module, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """work(item) of every item, in order, each item a forward of `model`.
+
+    Args:
+        model: what `work` runs; see `can_share`.
+        work: it may run in two threads at once.
+        items: taken in order, here, and no more than are worked on.
+    """
+    return two_at_a_time(work, items) if can_share(model) else map(work, items)
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether two threads may run the model at once, and gain by it.
+
+    Not where somebody's hooks may remember what passed last, where accelerate moves weights, where
+    torch compiles, nor where autocast is on, which is a thread's own.
+    """
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    if not on_cpu or torch.get_num_threads() < 2 or torch.is_autocast_enabled("cpu"):
+        return False
+    return not hasattr(model, "_orig_mod") and not has_other_hooks(model)
