@@ -26,7 +26,15 @@ from rich.table import Table
 from timing import machine, paired, quantiles, ratios
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, perplexity, score, tune
+from knnlm_hf import (
+    CacheMemory,
+    Datastore,
+    KNNLMForCausalLM,
+    KNNMemory,
+    perplexity,
+    score,
+    tune,
+)
 from knnlm_hf.corpus import documents
 from knnlm_hf.tuning import fit
 from knnlm_hf.windows import batches
@@ -38,7 +46,6 @@ def bench_build(args: argparse.Namespace, model: Any, ids: list[int]) -> dict[st
     """Build against the same windows through the whole model with loss, in float32."""
     ids = ids[: args.build_tokens]
     window = model.config.max_position_embeddings
-    half = copy.deepcopy(model).to(torch.bfloat16)
     scratch = Path(tempfile.mkdtemp(dir=args.scratch))
 
     def forward() -> int:
@@ -53,16 +60,26 @@ def bench_build(args: argparse.Namespace, model: Any, ids: list[int]) -> dict[st
         Datastore.build(of, [ids], scratch / "store", window=window, stride=window, progress=False)
         return len(ids)
 
-    rates = paired(
-        {
-            "forward with loss, float32": forward,
-            "build, float32": lambda: build(model),
-            "build, bfloat16": lambda: build(half),
-        },
-        args.runs,
-    )
+    work = {"forward with loss, float32": forward, "build, float32": lambda: build(model)}
+    if has_bfloat16():
+        half = copy.deepcopy(model).to(torch.bfloat16)
+        work["build, bfloat16"] = lambda: build(half)
+    rates = paired(work, args.runs)
     shutil.rmtree(scratch)
     return _section(rates, "forward with loss, float32", tokens=len(ids))
+
+
+def has_bfloat16() -> bool:
+    """Whether the device multiplies in bfloat16; a CPU that does not is many times slower in it."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cuda.is_available() or supported
+
+
+def wrapped(args: argparse.Namespace, model: Any, store: Any) -> dict[str, Any]:
+    """kNN-LM, with the text itself as a second memory, and that one alone."""
+    memory, text = KNNMemory(store, k=args.k), CacheMemory.of(model)
+    mixtures = {"mixture": [memory], "mixture and cache": [memory, text], "cache": [text]}
+    return {name: KNNLMForCausalLM(model, memories) for name, memories in mixtures.items()}
 
 
 def bench_memory(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,16 +103,15 @@ def peak_of(args: argparse.Namespace, model: Any, ids: list[int]) -> int:
 def bench_evaluate(args: argparse.Namespace, model: Any, store: Any, ids: list[int]) -> Any:
     """Scoring with k neighbours against scoring with the model alone, and against exact search."""
     ids = ids[: args.eval_tokens]
-    knn = KNNLMForCausalLM(model, KNNMemory(store, k=args.k))
+    models = {"model alone": model, **wrapped(args, model, store)}
+    knn = models["mixture"]
     best = tune(knn, [ids], progress=False)
     options: dict[str, Any] = {"progress": False}
-    rates = paired(
-        {
-            "model alone": lambda: perplexity(model, [ids], **options).tokens,
-            "mixture": lambda: perplexity(knn, [ids], **options).tokens,
-        },
-        args.runs,
-    )
+
+    def scoring(of: Any) -> Any:
+        return lambda: perplexity(of, [ids], **options).tokens
+
+    rates = paired({name: scoring(of) for name, of in models.items()}, args.runs)
     found = perplexity(knn, [ids], **options)
     exact_ids = ids[: args.exact_tokens]
     exact = KNNLMForCausalLM(model, KNNMemory(store, args.k, best.temperature, index="exact"))
@@ -138,20 +154,25 @@ def bench_tune(args: argparse.Namespace, model: Any, store: Any, ids: list[int])
 
 def bench_generate(args: argparse.Namespace, model: Any, store: Any, ids: list[int]) -> Any:
     """Greedy generation at batch 1, 128 new tokens."""
-    knn = KNNLMForCausalLM(model, KNNMemory(store, k=args.k))
+    models = {"model alone": model, **wrapped(args, model, store)}
     prompt = torch.tensor([ids[:64]], device=model.device)
     options = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
 
-    def run(of: Any) -> int:
-        return int(of.generate(prompt, **options).shape[1] - prompt.shape[1])
+    def generating(of: Any) -> Any:
+        return lambda: int(of.generate(prompt, **options).shape[1] - prompt.shape[1])
 
-    rates = paired({"model alone": lambda: run(model), "mixture": lambda: run(knn)}, args.runs * 3)
+    rates = paired({name: generating(of) for name, of in models.items()}, args.runs * 3)
     return _section(rates, "model alone")
 
 
 def bench_quality(args: argparse.Namespace, model: Any, store: Any, tokenizer: Any) -> Any:
-    """Tuned on valid, reported on test."""
-    knn = KNNLMForCausalLM(model, KNNMemory(store, k=args.k))
+    """Tuned on valid, reported on test: each mixture."""
+    return {
+        name: _quality(args, knn, tokenizer) for name, knn in wrapped(args, model, store).items()
+    }
+
+
+def _quality(args: argparse.Namespace, knn: Any, tokenizer: Any) -> dict[str, Any]:
     best = tune(knn, args.valid, tokenizer=tokenizer, progress=False)
     report = perplexity(knn, args.test, tokenizer=tokenizer, progress=False)
     return {
