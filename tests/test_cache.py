@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from knnlm_hf import (
     score,
     tune,
 )
-from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.errors import KNNLMError, PersistenceError, SettingError
 from knnlm_hf.memory.text import Reader, Text
 from knnlm_hf.sources import sources
 
@@ -495,3 +496,45 @@ def test_unfit_places_and_states() -> None:
             reading.search(queries)
     with pytest.raises(KNNLMError, match="2 queries, but 1 places"):
         memory.reading(text, torch.tensor([0]), torch.tensor([0])).search(torch.zeros(2, 2))
+
+
+def test_gradients_are_the_mixtures() -> None:
+    """Through the model's share; what the text says is a constant, as a datastore's answer is."""
+    model, ids = tiny_of("gpt2").double(), texts(1, 9)
+    knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.4)
+    knn(ids, labels=ids).loss.backward()
+    found = model.transformer.h[0].attn.c_attn.weight.grad.clone()
+    model.zero_grad()
+    logits, states = plain(model, "gpt2", ids)
+    probs = torch.from_numpy(probabilities(states[0], [*ids[0, 1:].tolist(), -1], [0] * 9))
+    said = ~probs[:, :1].isnan()
+    lm = model(ids).logits[0].softmax(dim=-1)
+    mixed = torch.where(said, 0.6 * lm + 0.4 * probs.nan_to_num(), lm)
+    (-mixed[:-1].gather(1, ids[0, 1:, None]).log().mean()).backward()
+    truth = model.transformer.h[0].attn.c_attn.weight.grad
+    torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-6)
+
+
+def test_compiled_as_eager() -> None:
+    model, ids = tiny_of("llama"), texts()
+    knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)
+    compiled = torch.compile(knn, backend="eager")
+    torch.testing.assert_close(compiled(ids).logits, knn(ids).logits)
+    past = DynamicCache()
+    with torch.no_grad():
+        parts = [compiled(part, past_key_values=past).logits for part in ids.split([15, 1, 4], 1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), knn(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"size": -1}, {"hidden_size": "8"}, {"k": 1e30}, {"layer": 3}, {"metric": None}, {"no": 1}],
+)
+def test_damaged_settings_are_refused_in_a_line(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = tiny.gpt2()
+    KNNLMForCausalLM(model, CacheMemory.of(model)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["memories"][0]["settings"] |= changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PersistenceError):
+        KNNLMForCausalLM.from_pretrained(tmp_path)
