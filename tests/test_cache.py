@@ -505,7 +505,7 @@ def test_gradients_are_the_mixtures() -> None:
     knn(ids, labels=ids).loss.backward()
     found = model.transformer.h[0].attn.c_attn.weight.grad.clone()
     model.zero_grad()
-    logits, states = plain(model, "gpt2", ids)
+    _, states = plain(model, "gpt2", ids)
     probs = torch.from_numpy(probabilities(states[0], [*ids[0, 1:].tolist(), -1], [0] * 9))
     said = ~probs[:, :1].isnan()
     lm = model(ids).logits[0].softmax(dim=-1)
