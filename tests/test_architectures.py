@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from knnlm_hf.capture import capturing, find, states
 from knnlm_hf.errors import CaptureError
+from knnlm_hf.memory import CacheMemory
 from knnlm_hf.modeling import KNNLMForCausalLM
 from knnlm_hf.parallel import two_at_a_time
 
@@ -211,3 +212,26 @@ def test_two_threads_run_it_as_one_does(case: Case) -> None:
     alone = [work(input_ids) for input_ids in batches]
     for one, other in zip(two_at_a_time(work, batches), alone, strict=True):
         torch.testing.assert_close(one, other, **TOLERANCE)
+
+
+def test_the_text_itself_in_a_kv_cache_is_the_whole_text(case: Case) -> None:
+    """What the layer of states in the cache holds, step by step, is what one forward reads."""
+    memory = CacheMemory.of(case.model, case.best_layer, temperature=8.0)
+    knn = KNNLMForCausalLM(case.model, memory, LMBDA)
+    new = 4
+    made = knn.generate(
+        case.input_ids,
+        attention_mask=torch.ones_like(case.input_ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        use_cache=case.model_type not in WRONG_CACHE,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    with torch.no_grad():
+        whole = knn(made.sequences, use_cache=False).logits[:, -new - 1 : -1]
+        alone = case.model(made.sequences).logits[:, -new - 1 : -1].float().log_softmax(dim=-1)
+    steps = torch.stack(made.logits, dim=1)
+    torch.testing.assert_close(steps, whole, rtol=0, atol=2e-3)
+    assert not torch.allclose(steps, alone, rtol=0, atol=0.05)
