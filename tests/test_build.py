@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory
 from knnlm_hf.errors import (
@@ -19,6 +27,7 @@ from knnlm_hf.errors import (
     PersistenceError,
     SettingError,
 )
+from knnlm_hf.forwards import can_share
 
 ITEMS = tiny.corpus(seed=3)
 GENERATOR = torch.Generator().manual_seed(0)
@@ -386,7 +395,41 @@ def test_a_wrapper_retrieves_in_none_of_the_threads(tmp_path, two_threads):
     assert torch.equal(again.keys[:], store.keys[:])
 
 
-@pytest.mark.parametrize("why", ["a hook", "accelerate", "autocast", "one thread"])
+def test_rotary_frequencies_that_follow_the_length_are_one_thread_s(tmp_path, two_threads):
+    """transformers writes them into the model in every forward."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    options = {**sizes, "vocab_size": 61, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    for rope in (
+        {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 4.0, **factors},
+        {"rope_type": "dynamic", "factor": 4.0},
+    ):
+        config = LlamaConfig(**options, rope_parameters={"rope_theta": 1e4, **rope})
+        assert not can_share(LlamaForCausalLM(config))
+    assert can_share(LlamaForCausalLM(LlamaConfig(**options)))
+
+
+def test_a_whole_batch_where_only_one_thread_works(tmp_path, two_threads):
+    """And hooks of transformers, which keep nothing, do not stand in the way."""
+    model, rows = tiny.gpt2(), set()
+    model(torch.tensor([[1, 2]]), output_hidden_states=True)
+    inner = model.transformer.wte.forward
+
+    def forward(ids):
+        rows.add((len(ids), threading.current_thread().name == "MainThread"))
+        return inner(ids)
+
+    model.transformer.wte.forward = forward
+    items = [[1, 2, 3, 4, 5]] * 24
+    build(tmp_path / "two", model, items=items, batch_size=8)
+    assert rows == {(4, True), (4, False)}
+    rows.clear()
+    torch.set_num_threads(1)
+    build(tmp_path / "one", model, items=items, batch_size=8)
+    assert rows == {(8, True)}
+
+
+@pytest.mark.parametrize("why", ["a hook", "accelerate", "autocast", "one thread", "compiled"])
 def test_one_thread_where_two_might_disturb_each_other(tmp_path, two_threads, why):
     names = set()
     model = passing(tiny.gpt2(), names)
@@ -396,6 +439,8 @@ def test_one_thread_where_two_might_disturb_each_other(tmp_path, two_threads, wh
         model.transformer.wte._hf_hook = None
     elif why == "one thread":
         torch.set_num_threads(1)
+    elif why == "compiled":
+        model.compile(backend="eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
         build(tmp_path / "store", model)
     assert names == {threading.current_thread().name}

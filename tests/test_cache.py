@@ -28,8 +28,10 @@ from knnlm_hf import (
     score,
     tune,
 )
+from knnlm_hf.capture import CapturePoint
 from knnlm_hf.errors import KNNLMError, PersistenceError, SettingError
 from knnlm_hf.memory.text import Reader, Text
+from knnlm_hf.modeling.reading import StatesLayer
 from knnlm_hf.sources import sources
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
@@ -294,6 +296,84 @@ def test_prompts_of_embeddings_have_no_tokens_to_find() -> None:
         assert mixed.argmax(1)[5:10].tolist() == tokens[row].tolist()
 
 
+def test_packed_texts_after_a_gap_do_not_see_each_other() -> None:
+    """Two texts in a row; a token of the second is read by the model alone, the next by both."""
+    model, ids = tiny_of("llama"), texts(1, 14)
+    knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)
+    positions = torch.tensor([[*range(6), *range(8)]])
+    past = DynamicCache()
+    with torch.no_grad():
+        knn(ids[:, :12], position_ids=positions[:, :12], past_key_values=past)
+        with knn.disable_retrieval():
+            knn(ids[:, 12:13], position_ids=positions[:, 12:13], past_key_values=past)
+        knn(ids[:, 13:], position_ids=positions[:, 13:], past_key_values=past)
+    (layer,) = (one for one in past.layers if isinstance(one, StatesLayer))
+    assert layer.text.parts[0].tolist() == [0] * 6 + [1] * 8
+    values = layer.text.values[0].tolist()
+    assert values[:5] == ids[0, 1:6].tolist()
+    assert values[5:11] == [-1, *ids[0, 7:12].tolist()]
+    assert values[11:13] == [-1, -2]  # after the last that was read, and the gap itself
+
+
+@pytest.mark.parametrize("pieces", [[16], [8, 8], [5, 11], [11, 5]])
+def test_padding_in_the_middle_does_not_end_a_text(pieces: list[int]) -> None:
+    model, ids = tiny_of("llama"), texts(1, 11)
+    knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)
+    padded = torch.cat([ids[:, :5], torch.full((1, 5), 7), ids[:, 5:]], dim=1)
+    mask = torch.tensor([[1] * 5 + [0] * 5 + [1] * 6])
+    positions = mask.cumsum(1) - 1
+    past, found, seen = DynamicCache(), [], 0
+    with torch.no_grad():
+        for part in padded.split(pieces, dim=1):
+            seen += part.shape[1]
+            here = slice(seen - part.shape[1], seen)
+            given = {"attention_mask": mask[:, :seen], "position_ids": positions[:, here]}
+            found.append(knn(part, past_key_values=past, **given).logits)
+    (layer,) = (one for one in past.layers if isinstance(one, StatesLayer))
+    assert layer.text.parts[0].tolist() == [0] * 16
+    tokens = [*ids[0, 1:5].tolist(), *[-2] * 6, *ids[0, 6:].tolist(), -1]
+    assert layer.text.values[0].tolist() == tokens
+    last = torch.cat(found, dim=1)[:, -1]
+    assert not torch.allclose(last, model(ids).logits[:, -1].log_softmax(-1), atol=0.05)
+
+
+def test_a_prompt_read_in_inference_mode_goes_on_outside() -> None:
+    model, ids = tiny_of("llama"), texts(1, 9)
+    knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)
+    with torch.inference_mode():
+        past = knn(ids[:, :6], use_cache=True).past_key_values
+    with torch.no_grad():
+        found = knn(ids[:, 6:], past_key_values=past).logits
+        torch.testing.assert_close(found, knn(ids).logits[:, 6:], **CLOSE)
+
+
+def test_positions_of_one_row_are_those_of_all() -> None:
+    model, ids = tiny_of("gpt2"), texts(1, 12)
+    knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)
+    positions = torch.arange(6).repeat(2)
+    flat, row = (knn(ids, position_ids=p).logits for p in (positions, positions[None]))
+    torch.testing.assert_close(flat, row)
+
+
+def test_tokens_that_the_memory_has_no_name_for_are_no_entries() -> None:
+    model, ids = tiny_of("gpt2"), texts()
+    knn = KNNLMForCausalLM(model, CacheMemory(32, 8, temperature=4.0), 0.6)
+    assert bool((ids >= 8).any())
+    assert bool(knn(ids).logits.isfinite().all())
+
+
+def test_offloading_brings_the_first_layer_back_when_it_is_this_ones_turn() -> None:
+    class First:
+        back = 0
+
+        def prefetch(self) -> None:
+            self.back += 1
+
+    first = First()
+    StatesLayer(CapturePoint("att", "x", "input"), first).prefetch()
+    assert first.back == 1
+
+
 def test_several_caches_of_one_layer_read_once() -> None:
     model, ids = tiny_of("gpt2"), texts()
     one = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)
@@ -400,8 +480,12 @@ def test_a_reader_keeps_no_more_than_it_needs() -> None:
     for step in range(4):
         reader.read(torch.randn(3, 2), torch.arange(3), torch.full((3,), step))
         assert reader._text is not None
-        assert reader._text.keys.shape[1] == min(5, 3 * step + 3)
-    assert reader._text.first == 7
+        assert reader._text.keys.shape[1] == 3  # of the last document
+    assert reader._text.first == 9
+    for _ in range(3):
+        reader.read(torch.randn(3, 2), torch.arange(3), torch.full((3,), 3))
+        assert reader._text.keys.shape[1] == 5
+    assert reader._text.first == 16
     assert reader._text.keys.untyped_storage().nbytes() == 5 * 2 * 4
 
 
@@ -467,6 +551,7 @@ def test_copies_and_pickles() -> None:
     [
         ({"size": 0}, "size is 0"),
         ({"k": 0}, "k is 0"),
+        ({"k": 1 << 45, "size": 1 << 62}, "k is 35184372088832"),
         ({"temperature": 0}, "temperature is 0"),
         ({"metric": "cosine"}, "cosine"),
         ({"layer": None}, "layer is None"),

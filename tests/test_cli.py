@@ -129,7 +129,8 @@ def test_the_text_itself_beside_a_datastore_or_alone(home, tmp_path):
     refused = run("eval", *alone, "--rescore", code=2).stderr
     assert "--rescore: only for a datastore" in refused
     saved = run("eval", tmp_path / "tuned", home / "valid.txt", "--cache", "9", code=2).stderr
-    assert "its own cache" in saved
+    assert "to put --cache beside them" in saved
+    assert "--cache" in run("eval", *alone[:-1], "0", code=2).stderr
     prompt = (home / "model", "w5 w6 w7 w5 w6", home / "store", "--cache", "50")
     shares = ("--lmbda", "0.01", "--lmbda", "0.98", "--max-new-tokens", "4")
     shown = run("generate", *prompt, "--explain", *shares).stdout

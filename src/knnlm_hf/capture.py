@@ -307,12 +307,20 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def has_other_hooks(model: nn.Module) -> bool:
-    """Whether somebody else too has hooks in `model`, or accelerate moves its weights."""
+    """Whether somebody else too has hooks in `model`, or accelerate moves its weights.
+
+    transformers' own for `output_hidden_states`, which keep nothing in the model, do not count.
+    """
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if hasattr(module, "_hf_hook") or not all(isinstance(hook, _Hook) for hook in hooks):
+        others = (hook for hook in hooks if not isinstance(hook, _Hook))
+        if hasattr(module, "_hf_hook") or not all(map(_is_transformers, others)):
             return True
     return False
+
+
+def _is_transformers(hook: Any) -> bool:
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 @torch.no_grad()

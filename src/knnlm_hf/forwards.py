@@ -19,9 +19,9 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def half(batch_size: int) -> int:
-    """Rows of each forward, so that two at a time need no more memory than one whole batch."""
-    return max(1, batch_size // 2)
+def rows_at_once(model: nn.Module, batch_size: int) -> int:
+    """Rows of each forward: half, where two go at a time and need no more memory than one whole."""
+    return max(1, batch_size // 2) if can_share(model) else batch_size
 
 
 def run(model: nn.Module, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
@@ -38,10 +38,24 @@ def run(model: nn.Module, work: Callable[[T], R], items: Iterable[T]) -> Iterato
 def can_share(model: nn.Module) -> bool:
     """Whether two threads may run the model at once, and gain by it.
 
-    Not where somebody's hooks may remember what passed last, where accelerate moves weights, where
-    torch compiles, nor where autocast is on, which is a thread's own.
+    Not where a forward writes to the model: transformers' own models do not, but for rotary
+    frequencies that follow the length and recurrent states; of other code nothing is known. Nor
+    where somebody's hooks may remember what passed last, where accelerate moves weights, where
+    torch compiles, nor under autocast, which is a thread's own.
     """
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
     if not on_cpu or torch.get_num_threads() < 2 or torch.is_autocast_enabled("cpu"):
         return False
-    return not hasattr(model, "_orig_mod") and not has_other_hooks(model)
+    is_known = type(model).__module__.startswith("transformers.models.")
+    return is_known and not has_other_hooks(model) and not any(map(_changes, model.modules()))
+
+
+def _changes(module: nn.Module) -> bool:
+    """Whether a forward writes to the module, or is compiled on the way."""
+    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        return True
+    ropes = getattr(module, "rope_type", None)
+    kinds = ropes.values() if isinstance(ropes, dict) else [ropes]
+    if any("dynamic" in str(kind) or kind == "longrope" for kind in kinds):
+        return True
+    return hasattr(module, "recurrent_states")

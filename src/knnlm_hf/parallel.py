@@ -24,7 +24,7 @@ R = TypeVar("R")
 # subtle: torch.set_num_threads is a thread's own setting, but also what threads begun later start
 # with. One that begins while another thread spares a core would have one too few for good.
 _seen = local()
-_lock = Lock()
+_lock, _starting = Lock(), Lock()
 _sparing = 0
 """How many threads spare a core at the moment."""
 _usual = 0
@@ -58,11 +58,12 @@ def spare_none(threads: int) -> None:
         _sparing -= 1
 
 
-def _use_cores(count: int) -> None:
-    """Let torch use so many threads in this one, and in others as many as before."""
-    others = threads_here()
-    torch.set_num_threads(count)
-    _in_a_new_thread(lambda: torch.set_num_threads(others))
+def _use_cores(count: int, others: int | None = None) -> None:
+    """Let torch use so many threads in this one, and in later ones `others`: as many as before."""
+    with _starting:  # else a second one would take this one's count for everybody's
+        here = threads_here()  # also has torch set this thread up, which would undo the next line
+        torch.set_num_threads(count)
+        _in_a_new_thread(lambda: torch.set_num_threads(others or here))
 
 
 def _in_a_new_thread(work: Callable[[], Any]) -> Any:
@@ -115,9 +116,10 @@ def two_at_a_time(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     rest = iter(items)
     for item in islice(rest, 1):
         yield work(item)
-    cores = max(1, threads_here() // 2)
+    threads = threads_here()
+    cores = max(1, threads // 2)
     waiting: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(2, "knnlm-hf-two", _use_cores, (cores,)) as two:
+    with ThreadPoolExecutor(2, "knnlm-hf-two", _use_cores, (cores, threads)) as two:
         try:
             for item in rest:
                 waiting.append(two.submit(copy_context().run, work, item))

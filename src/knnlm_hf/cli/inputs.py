@@ -49,9 +49,12 @@ def load_knn(name: str, loading: Loading, memories: Memories, mixture: Mixture) 
         return KNNLMForCausalLM(model, opened, lmbda=0.25 if lmbda is None else lmbda), tokenizer
     if not isinstance(model, KNNLMForCausalLM):
         raise KNNLMError(f"{name} is a plain model: name a datastore or a head too, last")
-    unused = memories.search.keys() - {"k"}
     if memories.cache is not None:
-        unused.add("cache")
+        raise KNNLMError(
+            f"{name} is a kNN model with memories of its own: name its model and its datastore to "
+            "put --cache beside them"
+        )
+    unused = memories.search.keys() - {"k"}
     if unused:
         raise KNNLMError(
             f"{name} is a kNN model, whose memory has its own {', '.join(sorted(unused))}: name a "
@@ -78,13 +81,17 @@ def _memory(source: str, memories: Memories, mixture: Mixture) -> Any:
 
 
 def _cache(model: Any, opened: list[Any], memories: Memories, mixture: Mixture) -> Any:
-    """A memory of the text itself, of the first memory's layer where there is one."""
+    """A memory of the text itself, of the first memory's layer where the whole text has that."""
     from knnlm_hf import CacheMemory
 
-    layer = next((memory.layer for memory in opened), "att")
     given = {"k": memories.k, "metric": memories.metric, "temperature": mixture.temperature}
-    settings = {name: value for name, value in given.items() if value is not None}
-    return CacheMemory.of(model, layer, size=memories.cache, **settings)
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    settings["size"] = memories.cache
+    for memory in opened:
+        if memory.layer != "final":
+            width, layer = memory.hidden_size, memory.layer
+            return CacheMemory(width, memory.vocab_size, layer=layer, **settings)
+    return CacheMemory.of(model, **settings)
 
 
 def _searches(memory: Any) -> bool:

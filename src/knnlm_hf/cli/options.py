@@ -36,7 +36,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, …; default: cuda 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 CacheSize = Annotated[
     int | None,
-    typer.Option("--cache", help="Remember the text's own last so many tokens too (try 4096)."),
+    typer.Option(
+        "--cache", min=1, help="Remember the text's own last so many tokens too (try 4096)."
+    ),
 ]
 K = Annotated[int | None, typer.Option("--k", help="Neighbours per query; default: 1024.")]
 Temperature = Annotated[float | None, typer.Option(help="t > 0; default: from the data.")]

@@ -51,7 +51,7 @@ class StoreBuild:
         done = self.manifest.entries
         settings = self.manifest
         ledger = Ledger(settings.shard_size, self._take_text)
-        batch_size = forwards.half(settings.batch_size)
+        batch_size = forwards.rows_at_once(self.model, settings.batch_size)
         rows = batches(ledger.read(self.texts), settings.window, settings.stride, batch_size)
         base: Any = getattr(self.model, "disable_retrieval", nullcontext)
         try:

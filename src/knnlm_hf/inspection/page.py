@@ -226,7 +226,9 @@ def _settings(reading: Reading) -> str:
         store = getattr(memory, "store", None)
         facts = [type(memory).__name__, f"layer {memory.layer}", f"λ {lmbda:.3g}"]
         if store is not None:
-            facts += [f"{len(store):,} entries", f"k {memory.k:,}", f"t {memory.temperature:.3g}"]
+            facts.append(f"{len(store):,} entries")
+        if hasattr(memory, "search"):
+            facts += [f"k {memory.k:,}", f"t {memory.temperature:.3g}"]
         found.append(", ".join(facts))
     return f"Made with knnlm-hf {__version__}. Memory: {'; '.join(found)}."
 

@@ -24,6 +24,7 @@ from knnlm_hf.memory.kinds import register
 from knnlm_hf.memory.neighbours import NeighbourMemory
 from knnlm_hf.memory.text import Text
 from knnlm_hf.types import (
+    MOST_K,
     Metric,
     Neighbors,
     check_count,
@@ -47,8 +48,10 @@ class CacheMemory(NeighbourMemory):
     other. Where the text has just begun it says nothing, and its share is the model's.
 
     In a forward it reads the tokens given there and, with a KV cache, those given before: its
-    states are kept in that cache, so `generate` reorders, crops and drops them with it. `score`,
-    `perplexity`, `tune` and `explain` read whole documents, beyond the model's window.
+    states are kept in that cache, so `generate` reorders, crops and drops them with it, and they
+    take D numbers per token of it. A model whose state is no `Cache` of transformers (RWKV) is read
+    one forward at a time. `score`, `perplexity`, `tune` and `explain` read whole documents, beyond
+    the model's window.
 
     Args:
         hidden_size: D.
@@ -122,7 +125,7 @@ class CacheMemory(NeighbourMemory):
 
     @k.setter
     def k(self, k: int) -> None:
-        self._k = check_k(k, self.size)
+        self._k = check_k(k, min(self.size, MOST_K))
 
     def _temperature_from_data(self) -> float:
         return math.sqrt(self.hidden_size)
@@ -160,7 +163,7 @@ class CacheMemory(NeighbourMemory):
         Raises:
             KNNLMError: states that are not finite, or of another width or number.
         """
-        k = self.k if k is None else check_k(k, self.size)
+        k = self.k if k is None else check_k(k, min(self.size, MOST_K))
         if exclude is not None:
             raise KNNLMError("exclude: a CacheMemory has no entries of a datastore to leave out")
         self._check_queries(queries, f"the memory has states of layer {self.layer!r}")
@@ -204,7 +207,9 @@ class CacheMemory(NeighbourMemory):
         keys_BSD, values_BS, parts_BS, first = self._text
         low = max(0, int(places_Q.min()) - self.size)
         near = slice(low, int(places_Q.max()))
-        ids_S = (values_BS[row, near] >= 0).nonzero()[:, 0] + low
+        values_S = values_BS[row, near]
+        is_token_S = (values_S >= 0) & (values_S < self.vocab_size)
+        ids_S = is_token_S.nonzero()[:, 0] + low
         if not len(ids_S):
             return _nothing(queries_QD, 1)
         values_S = values_BS[row, ids_S]

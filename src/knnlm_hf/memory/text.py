@@ -38,7 +38,7 @@ class Reader:
     """Lets a memory read a corpus, which comes in order and in pieces.
 
     What a piece's queries may find is what stands before them in their own document, in this piece
-    or in earlier ones; `memory.size` entries of those are kept.
+    or in earlier ones; the last `memory.size` entries of the last document are kept.
     """
 
     def __init__(self, memory: Any) -> None:
@@ -64,7 +64,9 @@ class Reader:
         keys_SD, values_S, parts_S = columns
         text = Text(keys_SD[None], values_S[None], parts_S[None], first)
         places_N = torch.arange(before, len(values_S), device=hidden_ND.device)
-        gone = max(0, len(values_S) - self.memory.size)
+        # Of no use any more: other documents, and what is too far back.
+        gone = int((parts_S != parts_S[-1]).sum()) if len(parts_S) else 0
+        gone = max(gone, len(values_S) - self.memory.size)
         kept = [column[:, gone:].clone() for column in text[:3]]
         self._text = Text(kept[0], kept[1], kept[2], first + gone)
         return self.memory.reading(text, torch.zeros_like(places_N), places_N)

@@ -172,9 +172,9 @@ def _answer(
         return _fitted(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
     memory: Any = asked.term.memory
-    text = texts.get(asked.heard.point)
-    if text is not None and reads(memory):
-        memory = memory.reading(text, *_kept_places(own, call.arguments, asked.heard, text))
+    if reads(memory):
+        text = texts[asked.heard.point]
+        memory = memory.reading(text, *_kept_places(own, call.arguments, text))
     return memory_answer(states, memory, lm)
 
 
@@ -242,17 +242,13 @@ def _all_states(arguments: dict[str, Any], heard: Collector) -> Tensor | None:
     return heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)
 
 
-def _kept_places(
-    own: Retrieval, arguments: dict[str, Any], heard: Collector, text: Text
-) -> tuple[Tensor, Tensor]:
-    """Row and place in `text` of each position that has logits."""
-    states_BTD = _all_states(arguments, heard)
-    assert states_BTD is not None
-    rows, length = states_BTD.shape[:2]
-    read_S = text.values.shape[1]
+def _kept_places(own: Retrieval, arguments: dict[str, Any], text: Text) -> tuple[Tensor, Tensor]:
+    """Row and place in `text` of each position that has logits; the new ones stand last in it."""
+    rows, read_S = text.values.shape
+    length = _inputs(arguments).shape[1]
     grid_BT2 = torch.cartesian_prod(
-        torch.arange(rows, device=states_BTD.device),
-        torch.arange(read_S - length, read_S, device=states_BTD.device),
+        torch.arange(rows, device=text.values.device),
+        torch.arange(read_S - length, read_S, device=text.values.device),
     ).view(rows, length, 2)
     row, place = _kept(own, arguments, grid_BT2).unbind(-1)
     return row, place

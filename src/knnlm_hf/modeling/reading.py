@@ -26,15 +26,24 @@ class StatesLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """The text that a KV cache has read: `keys` (B, 1, S, D) and `values` (B, 1, S, 3).
 
     The keys are states; the values are columns: the token after each state, the number of its part,
-    and its position. What stands last has no token after it yet.
+    and its position, of padding that of the last token before. What stands last has no token after
+    it yet.
     """
 
     keys: Any
     values: Any
 
-    def __init__(self, point: CapturePoint) -> None:
+    def __init__(self, point: CapturePoint, first: Any = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.point = point
+        self.first = first
+        """The cache's first layer, which offloading would bring back in this one's place."""
+
+    def prefetch(self) -> None:
+        """Bring this one back, and the first layer, to whose turn transformers wraps round."""
+        super().prefetch()  # type: ignore[no-untyped-call]
+        if self.first is not None:
+            self.first.prefetch()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -57,8 +66,18 @@ class StatesLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
         elif gap > 0:  # read by somebody else, the model alone for instance
             rows, _, width = states_BTD.shape
-            unknown_B1S3 = torch.full((rows, 1, gap, 3), _PADDING, device=states_BTD.device)
-            self.update(states_BTD.new_zeros(rows, 1, gap, width), unknown_B1S3)
+            unknown_BS3 = self.last(states_BTD)[:, None].repeat(1, gap, 1)
+            unknown_BS3[..., 0] = _PADDING
+            unknown_BS3[..., 2] += torch.arange(1, gap + 1, device=states_BTD.device)
+            self.update(states_BTD.new_zeros(rows, 1, gap, width), unknown_BS3[:, None])
+
+    def last(self, states_BTD: Tensor) -> Tensor:
+        """(B, 3) values of what stands last; of an empty text such as would stand before it."""
+        if self.get_seq_length():
+            last_B3: Tensor = self.values[:, 0, -1]
+            return last_B3
+        rows, device = len(states_BTD), states_BTD.device
+        return torch.tensor([_PADDING, 0, -1], device=device).expand(rows, 3)
 
     @property
     def text(self) -> Text:
@@ -99,24 +118,31 @@ def read(
         layer.fit(before, states_BTD)
     seen = layer.get_seq_length()
     tokens_BT, positions_BT = _tokens_and_positions(states_BTD, arguments, seen)
-    # The last of what was read before stands in front: the token after it is known now.
-    last_B3 = layer.values[:, 0, -1] if seen else tokens_BT.new_full((len(tokens_BT), 3), _PADDING)
-    positions_BU = torch.cat([last_B3[:, 2:], positions_BT], dim=1)
-    # A part ends where positions do not go on: packed rows hold several texts.
-    begins_BT = positions_BU[:, 1:] != positions_BU[:, :-1] + 1
-    parts_BT = last_B3[:, 1:2] + begins_BT.cumsum(dim=1)
+    last_B3 = layer.last(states_BTD)
     is_padding_BT = tokens_BT == _PADDING
+    positions_BU = _carried(last_B3[:, 2:], positions_BT, is_padding_BT)
+    # A part ends where positions do not go on: packed rows hold several texts.
+    begins_BT = (positions_BU[:, 1:] != positions_BU[:, :-1] + 1) & ~is_padding_BT
+    parts_BT = last_B3[:, 1:2] + begins_BT.cumsum(dim=1)
+    # The token after what stood last is known now.
     after_BT = tokens_BT.masked_fill(begins_BT, _UNKNOWN)
-    values_BT = torch.full_like(tokens_BT, _UNKNOWN)
-    values_BT[:, :-1] = after_BT[:, 1:]
-    marks_BT3 = torch.stack(
-        [values_BT.masked_fill_(is_padding_BT, _PADDING), parts_BT, positions_BT], dim=-1
-    )
+    values_BU = torch.cat([after_BT, after_BT.new_full((len(after_BT), 1), _UNKNOWN)], dim=1)
+    was_padding_B1 = last_B3[:, :1] == _PADDING
+    values_BU.masked_fill_(torch.cat([was_padding_B1, is_padding_BT], dim=1), _PADDING)
     if seen:
-        was_padding_B = last_B3[:, 0] == _PADDING
-        layer.values[:, 0, -1, 0] = after_BT[:, 0].masked_fill(was_padding_B, _PADDING)
+        newest_B3 = torch.cat([values_BU[:, :1], last_B3[:, 1:]], dim=1)
+        layer.values = torch.cat([layer.values[:, :, :-1], newest_B3[:, None, None]], dim=2)
+    marks_BT3 = torch.stack([values_BU[:, 1:], parts_BT, positions_BU[:, 1:]], dim=-1)
     layer.update(states_BTD[:, None], marks_BT3[:, None])
     return layer.text
+
+
+def _carried(before_B1: Tensor, positions_BT: Tensor, is_padding_BT: Tensor) -> Tensor:
+    """(B, 1 + T) positions, those of padding replaced by the last before it."""
+    positions_BU = torch.cat([before_B1, positions_BT], dim=1)
+    places_BT = torch.arange(1, positions_BU.shape[1], device=positions_BU.device)
+    places_BT = places_BT.masked_fill(is_padding_BT, 0).cummax(dim=1).values
+    return torch.cat([before_B1, positions_BU.gather(1, places_BT)], dim=1)
 
 
 def _tokens_and_positions(
@@ -134,6 +160,8 @@ def _tokens_and_positions(
         is_padding_BT = mask[:, mask.shape[1] - length :].to(device) == 0
         tokens_BT = tokens_BT.masked_fill(is_padding_BT, _PADDING)
     positions_BT = torch.arange(begin, begin + length, device=device)[None]
+    if isinstance(positions, Tensor) and positions.dim() == 1:
+        positions = positions[None]
     if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == length:
         positions_BT = positions.to(device, torch.int64)
     return tokens_BT, positions_BT.expand(rows, length)
@@ -156,6 +184,6 @@ def _layer_in(cache: Cache | None, point: CapturePoint) -> StatesLayer:
     for layer in layers:
         if isinstance(layer, StatesLayer) and layer.point == point:
             return layer
-    new = StatesLayer(point)
+    new = StatesLayer(point, first=next(iter(layers), None))
     layers.append(new)
     return new
