@@ -28,7 +28,7 @@ def run(
     *,
     model: str | None = None,
     corpus: str | None = None,
-    steps: int = 380,
+    steps: int = 300,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Show what a datastore does to a model on a domain that the model was not trained for.

@@ -14,7 +14,7 @@ from knnlm_hf.corpus import documents
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.inspection.contexts import Contexts
 from knnlm_hf.inspection.pieces import pieces, shown
-from knnlm_hf.modeling.explain import Explanation, Neighbour
+from knnlm_hf.modeling.explain import Explanation, Neighbour, kept_tokenizer
 from knnlm_hf.scores import exp
 from knnlm_hf.types import check_count
 
@@ -125,10 +125,7 @@ def read(
     check_count("top", top)
     if check_count("limit", limit) < 2:
         raise SettingError(f"limit is {limit}, expected 2 tokens or more: the first is only read")
-    if tokenizer is None:
-        stores = (getattr(memory, "store", None) for memory in knn.memories)
-        kept = (getattr(store, "tokenizer", None) for store in stores)
-        tokenizer = next((one for one in kept if one is not None), None)
+    tokenizer = tokenizer or kept_tokenizer(knn.memories)
     if tokenizer is None:
         raise KNNLMError("no tokenizer was given, and the datastore keeps none: pass tokenizer=…")
     for memory in knn.memories:

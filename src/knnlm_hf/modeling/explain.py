@@ -5,7 +5,7 @@ Shape suffixes: T position, K neighbour, D hidden dimension, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,9 +102,7 @@ def explain(
             f"input_ids has shape {tuple(ids_T.shape)}, expected one text: (T,) or (1, T), T >= 1"
         )
     size, step = check_window(window, stride, knn.config.get_text_config(decoder=True))
-    stores = (getattr(memory, "store", None) for memory in knn.memories)
-    kept = (getattr(store, "tokenizer", None) for store in stores)
-    tokenizer = tokenizer or next((one for one in kept if one is not None), None)
+    tokenizer = tokenizer or kept_tokenizer(knn.memories)
     readers = [Reader(memory) for memory in knn.memories]
     explanations: list[Explanation] = []
     for lm_TV, states in _passes(knn, ids_T, size, step):
@@ -116,6 +114,13 @@ def explain(
         ]
         explanations += _explain(memories, knn.lmbdas, lm_TV, states, ids_T, first, top, tokenizer)
     return explanations
+
+
+def kept_tokenizer(memories: Iterable[Any]) -> Any:
+    """The tokenizer that the first datastore keeps which keeps one; None without."""
+    stores = (getattr(memory, "store", None) for memory in memories)
+    kept = (getattr(store, "tokenizer", None) for store in stores)
+    return next((one for one in kept if one is not None), None)
 
 
 def _has_neighbours(memory: Any) -> bool:

@@ -18,6 +18,7 @@ from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import mix
 from knnlm_hf.memory.text import Text, reads
 from knnlm_hf.modeling.ahead import Ahead, Answer, ask
+from knnlm_hf.modeling.positions import inputs_of, kept
 from knnlm_hf.modeling.reading import length_before, read
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
 def _listen(knn: Any, own: Retrieval, arguments: dict[str, Any]) -> tuple[list[_Asked], Ahead]:
     """A collector for each memory to be asked, which is asked as soon as its states pass by."""
     weighed = [pair for pair in zip(own.terms, own.lmbdas, strict=True) if pair[1] > 0]
-    ahead = Ahead([term.memory for term, _ in weighed], _inputs(arguments))
+    ahead = Ahead([term.memory for term, _ in weighed], inputs_of(arguments))
 
     def collector(term: Term) -> Collector:
         arm(knn, term.point)
@@ -233,57 +234,25 @@ def _heard_states(
     if term.sliced:
         return heard.raw
     states = _all_states(arguments, heard)
-    return None if states is None else _kept(own, arguments, states)
+    return None if states is None else kept(own.names, arguments, states)
 
 
 def _all_states(arguments: dict[str, Any], heard: Collector) -> Tensor | None:
     """What was heard, (B, T, D)."""
-    inputs = _inputs(arguments)
+    inputs = inputs_of(arguments)
     return heard.states(inputs.shape[0] if isinstance(inputs, Tensor) else 1)
 
 
 def _kept_places(own: Retrieval, arguments: dict[str, Any], text: Text) -> tuple[Tensor, Tensor]:
     """Row and place in `text` of each position that has logits; the new ones stand last in it."""
     rows, read_S = text.values.shape
-    length = _inputs(arguments).shape[1]
+    length = inputs_of(arguments).shape[1]
     grid_BT2 = torch.cartesian_prod(
         torch.arange(rows, device=text.values.device),
         torch.arange(read_S - length, read_S, device=text.values.device),
     ).view(rows, length, 2)
-    row, place = _kept(own, arguments, grid_BT2).unbind(-1)
+    row, place = kept(own.names, arguments, grid_BT2).unbind(-1)
     return row, place
-
-
-def _kept(own: Retrieval, arguments: dict[str, Any], states_BTD: Tensor) -> Tensor:
-    """Of all positions those that have logits."""
-    if "logits_to_keep" not in own.names:
-        return states_BTD
-    return _slice(states_BTD, arguments.get("logits_to_keep", 0))
-
-
-def _inputs(arguments: dict[str, Any]) -> Any:
-    """The forward's token ids, or its embeddings where it was given those."""
-    ids = arguments.get("input_ids")
-    return arguments.get("inputs_embeds") if ids is None else ids
-
-
-def _slice(states_BTD: Tensor, keep: Any) -> Tensor:
-    """Select positions as transformers' `logits_to_keep` does.
-
-    Args:
-        states_BTD: (B, T, D).
-        keep: the last n (an int; 0 or None: all), 2-D positions per row, a 2-D mask, which gives
-            (number of True, D), or else any index of the positions: most often a 1-D tensor.
-    """
-    if keep is None or isinstance(keep, int):
-        return states_BTD[:, -keep:] if keep else states_BTD
-    if isinstance(keep, Tensor):
-        keep = keep.to(states_BTD.device)
-        if keep.dim() == 2 and keep.dtype == torch.bool:
-            return states_BTD[keep]
-        if keep.dim() == 2:
-            return torch.take_along_dim(states_BTD, keep[..., None], dim=1)
-    return states_BTD[:, keep]
 
 
 def _loss(
