@@ -11,6 +11,7 @@ from tiny_memory import head_of
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, MultiEmbeddingHead
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.modeling import ahead
+from knnlm_hf.parallel import pool
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -160,6 +161,9 @@ def test_a_thread_that_begins_during_a_step_has_its_threads_too(store):
             thread.join()
         return thread
 
+    # All workers are there: one that begins would mend what new threads start with.
+    together = threading.Barrier(pool._max_workers)
+    list(pool.map(lambda _: together.wait(10), range(pool._max_workers)))
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:

@@ -605,10 +605,6 @@ def test_compiled_as_eager() -> None:
     knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)
     compiled = torch.compile(knn, backend="eager")
     torch.testing.assert_close(compiled(ids).logits, knn(ids).logits)
-    past = DynamicCache()
-    with torch.no_grad():
-        parts = [compiled(part, past_key_values=past).logits for part in ids.split([15, 1, 4], 1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), knn(ids).logits, **CLOSE)
 
 
 @pytest.mark.parametrize(
