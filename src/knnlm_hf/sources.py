@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from knnlm_hf.modeling import Explanation, Neighbour
+from knnlm_hf.modeling import Explanation
+from knnlm_hf.modeling.explain import place_name
 
 
 def sources(explanations: Sequence[Explanation], top: int = 2) -> Table:
@@ -16,7 +17,9 @@ def sources(explanations: Sequence[Explanation], top: int = 2) -> Table:
     table = Table("token", "model", "memory", "nearest entries with that token", show_lines=False)
     for position in explanations:
         carrying = [n for n in position.neighbours if n.token == position.predicted][:top]
-        lines = [f"{_place(n)}: …{escape(_one_line(n.context or ''))}…" for n in carrying]
+        lines = [
+            f"{place_name(n.document)}: …{escape(_one_line(n.context or ''))}…" for n in carrying
+        ]
         table.add_row(
             escape(repr(position.predicted_text or position.predicted)),
             _share(position.lm_log_prob),
@@ -24,10 +27,6 @@ def sources(explanations: Sequence[Explanation], top: int = 2) -> Table:
             "\n".join(lines) or "(none among those shown)",
         )
     return table
-
-
-def _place(near: Neighbour) -> str:
-    return "this text" if near.document is None else f"document {near.document}"
 
 
 def _shares(log_probs: float | tuple[float, ...]) -> str:

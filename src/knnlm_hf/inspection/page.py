@@ -26,6 +26,7 @@ from knnlm_hf.inspection.words import (
     verdict,
     visible,
 )
+from knnlm_hf.modeling.explain import place_name
 
 _HELPED, _DOCUMENTS, _LEAD = 12, 10, 8  # rows, rows, tokens before one in a list
 
@@ -196,8 +197,7 @@ def _quote(context: Context) -> str:
 
 
 def _document(reading: Reading, memory: int, document: int | None) -> str:
-    place = "this text" if document is None else f"document {document}"
-    return f"memory {memory + 1}, " * (len(reading.memories) > 1) + place
+    return f"memory {memory + 1}, " * (len(reading.memories) > 1) + place_name(document)
 
 
 def _documents(reading: Reading) -> str:

@@ -137,14 +137,19 @@ class OwnText:
     """The text that is explained, asked as a datastore is of its own."""
 
     def __init__(self, ids: list[int]) -> None:
-        self.values = ids[1:]
+        self.ids = ids
 
     def context(self, i: int, before: int = 16, after: int = 8) -> list[int]:
         """Token ids around the one after position `i`; see `DatastoreReader.context`."""
-        return self.values[max(0, i - before) : i + after + 1]
+        return self.ids[1 + max(0, i - before) : i + after + 2]
 
     def document(self, i: int) -> None:
         """No item of any corpus."""
+
+
+def place_name(document: int | None) -> str:
+    """What to call the document that a neighbour is of."""
+    return "this text" if document is None else f"document {document}"
 
 
 def origin(memory: Any, ids: list[int]) -> Any:
