@@ -409,9 +409,10 @@ def test_rotary_frequencies_that_follow_the_length_are_one_thread_s(tmp_path, tw
     assert can_share(LlamaForCausalLM(LlamaConfig(**options)))
 
 
-def test_a_whole_batch_where_only_one_thread_works(tmp_path, two_threads):
+@pytest.mark.parametrize(("dtype", "shared"), [(torch.float32, 4), (torch.bfloat16, 8)])
+def test_a_whole_batch_where_only_one_thread_works(tmp_path, two_threads, dtype, shared):
     """And hooks of transformers, which keep nothing, do not stand in the way."""
-    model, rows = tiny.gpt2(), set()
+    model, rows = tiny.gpt2().to(dtype), set()
     model(torch.tensor([[1, 2]]), output_hidden_states=True)
     inner = model.transformer.wte.forward
 
@@ -422,7 +423,7 @@ def test_a_whole_batch_where_only_one_thread_works(tmp_path, two_threads):
     model.transformer.wte.forward = forward
     items = [[1, 2, 3, 4, 5]] * 24
     build(tmp_path / "two", model, items=items, batch_size=8)
-    assert rows == {(4, True), (4, False)}
+    assert rows == {(shared, True), (shared, False)}
     rows.clear()
     torch.set_num_threads(1)
     build(tmp_path / "one", model, items=items, batch_size=8)

@@ -60,7 +60,7 @@ class Datastore(DatastoreReader):
             layer: `att`, `ffn`, `final` or a module path, see `capture.find`.
             window: input tokens per window; None: the model's longest context.
             stride: new tokens per window, 1 ≤ stride ≤ window; None: half the window.
-            batch_size: windows at a time; where a CPU has two cores, in two forwards side by side.
+            batch_size: windows at a time; where a CPU has two cores, two forwards go side by side.
             dtype: of the keys: float32, float16 or bfloat16.
             shard_size: entries per file.
             resume: continue an unfinished store, and return a finished one of the same settings and

@@ -20,8 +20,14 @@ R = TypeVar("R")
 
 
 def rows_at_once(model: nn.Module, batch_size: int) -> int:
-    """Rows of each forward: half, where two go at a time and need no more memory than one whole."""
-    return max(1, batch_size // 2) if can_share(model) else batch_size
+    """Rows of each forward, so that two at a time take no more memory than one whole in float32.
+
+    That is half of a batch each; in half precision all of it, of which larger products gain.
+    """
+    if not can_share(model):
+        return batch_size
+    size = max(parameter.dtype.itemsize for parameter in model.parameters())
+    return max(1, batch_size * 2 // max(size, 2))
 
 
 def run(model: nn.Module, work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
