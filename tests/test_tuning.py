@@ -319,7 +319,7 @@ def test_the_grid_does_not_grow_for_nothing(monkeypatch):
     monkeypatch.setattr(
         descent,
         "knn_probabilities",
-        lambda found, ks, ts: asked.append(len(ts)) or compute(found, ks, ts),
+        lambda found, ks, ts, weight: asked.append(len(ts)) or compute(found, ks, ts, weight),
     )
     fit(table())
     assert asked == [30, 8]

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CacheMemory": "memory",
+    "HybridMemory": "memory",
     "CentroidMemory": "memory",
     "KNNLMForCausalLM": "modeling",
     "KNNLMConfig": "modeling",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from knnlm_hf.memory import CacheMemory as CacheMemory
     from knnlm_hf.memory import CentroidMemory as CentroidMemory
     from knnlm_hf.memory import Head as Head
+    from knnlm_hf.memory import HybridMemory as HybridMemory
     from knnlm_hf.memory import KNNMemory as KNNMemory
     from knnlm_hf.memory import Memory as Memory
     from knnlm_hf.memory import MixtureOfSoftmaxes as MixtureOfSoftmaxes

@@ -67,48 +67,59 @@ class TokenScores:
         """Neighbours kept per token, None without kNN; of several memories the tuple."""
         return one_or_all([found.k for found in self.memories]) if self.memories else None
 
-    def memory_log_probs(self, temperature: Any = None, k: Any = None) -> Tensor:
+    def memory_log_probs(
+        self, temperature: Any = None, k: Any = None, match_weight: Any = None
+    ) -> Tensor:
         """(N,) float32, log-probability of each token under the memory alone; −inf is possible.
 
         Of n memories (n, N).
         """
-        answers = self._answers(temperature, k)
+        answers = self._answers(temperature, k, match_weight)
         return answers[0] if len(answers) == 1 else torch.stack(answers)
 
-    def log_probs(self, lmbda: Any = None, temperature: Any = None, k: Any = None) -> Tensor:
+    def log_probs(
+        self, lmbda: Any = None, temperature: Any = None, k: Any = None, match_weight: Any = None
+    ) -> Tensor:
         """(N,) float32, log-probability of each token under the mixture; see `perplexity`."""
         lmbdas = self.lmbdas if lmbda is None else self._checked(lmbda)
-        settings = zip(
-            self.memories, lmbdas, self._each("temperature", temperature), self._each("k", k),
-            strict=True,
-        )  # fmt: skip
-        asked = [one for one in settings if one[1] > 0 or one[2:] != (None, None)]
+        settings = self._settings(temperature, k, match_weight)
+        asked = [
+            (found, lmbda, own)
+            for found, lmbda, own in zip(self.memories, lmbdas, settings, strict=True)
+            if lmbda > 0 or own != (None, None, None)
+        ]
         return mix(
             self.lm_log_probs,
-            [found.log_probs(t, k) for found, _, t, k in asked],
-            [lmbda for _, lmbda, _, _ in asked],
-            [found.has_hit for found, _, _, _ in asked],
+            [found.log_probs(*own) for found, _, own in asked],
+            [lmbda for _, lmbda, _ in asked],
+            [found.has_hit for found, _, _ in asked],
         )
 
-    def nll(self, lmbda: Any = None, temperature: Any = None, k: Any = None) -> float:
+    def nll(
+        self, lmbda: Any = None, temperature: Any = None, k: Any = None, match_weight: Any = None
+    ) -> float:
         """Mean negative log-likelihood of the mixture per token, in nats, summed in float64."""
-        return _mean_nll(self.log_probs(lmbda, temperature, k))
+        return _mean_nll(self.log_probs(lmbda, temperature, k, match_weight))
 
-    def perplexity(self, lmbda: Any = None, temperature: Any = None, k: Any = None) -> float:
+    def perplexity(
+        self, lmbda: Any = None, temperature: Any = None, k: Any = None, match_weight: Any = None
+    ) -> float:
         """exp(mean negative log-likelihood) of the mixture, per token.
 
-        Of several memories each setting is a list with one value per memory (None: its own t or
-        k), or one value: λ is then divided equally, t and k go to every memory that searches.
+        Of several memories each setting is a list with one value per memory (None: its own t,
+        k or γ), or one value: λ is then divided equally, t and k go to every memory that searches,
+        γ to every one that counts matches.
 
         Args:
             lmbda: 0 ≤ λ < 1; default: the scored model's.
             temperature: t > 0; default: the scored memory's.
             k: 1 ≤ k ≤ the k that was scored; default: that one.
+            match_weight: γ of a `HybridMemory`, 0 to 8; default: the scored memory's.
         """
-        return exp(self.nll(lmbda, temperature, k))
+        return exp(self.nll(lmbda, temperature, k, match_weight))
 
     def word_perplexity(
-        self, lmbda: Any = None, temperature: Any = None, k: Any = None
+        self, lmbda: Any = None, temperature: Any = None, k: Any = None, match_weight: Any = None
     ) -> float | None:
         """exp(total negative log-likelihood / words); None where the corpus was no text.
 
@@ -116,31 +127,37 @@ class TokenScores:
         """
         if not self.words:
             return None
-        return exp(self.nll(lmbda, temperature, k) * len(self) / self.words)
+        return exp(self.nll(lmbda, temperature, k, match_weight) * len(self) / self.words)
 
     @property
     def base_perplexity(self) -> float:
         """Perplexity of the language model alone."""
         return exp(_mean_nll(self.lm_log_probs))
 
-    def memory_perplexity(self, temperature: Any = None, k: Any = None) -> Any:
+    def memory_perplexity(
+        self, temperature: Any = None, k: Any = None, match_weight: Any = None
+    ) -> Any:
         """Perplexity of the memory alone: ∞ as soon as one token has no neighbour carrying it.
 
         Of several memories the tuple.
         """
-        return one_or_all([exp(_mean_nll(one)) for one in self._answers(temperature, k)])
+        return one_or_all(
+            [exp(_mean_nll(one)) for one in self._answers(temperature, k, match_weight)]
+        )
 
-    def oracle(self, temperature: Any = None, k: Any = None) -> float:
+    def oracle(self, temperature: Any = None, k: Any = None, match_weight: Any = None) -> float:
         """Perplexity if each token took the best of all components (paper, section 3)."""
-        best = functools.reduce(torch.maximum, self._answers(temperature, k), self.lm_log_probs)
+        best = functools.reduce(
+            torch.maximum, self._answers(temperature, k, match_weight), self.lm_log_probs
+        )
         return exp(_mean_nll(best))
 
-    def _answers(self, temperature: Any, k: Any) -> list[Tensor]:
+    def _answers(self, *settings: Any) -> list[Tensor]:
         """(N,) log-probabilities of each memory alone."""
         if not self.memories:
             raise KNNLMError("these are the scores of a model without memory")
-        settings = self._each("temperature", temperature), self._each("k", k)
-        return [found.log_probs(*s) for found, *s in zip(self.memories, *settings, strict=True)]
+        each_own = zip(self.memories, self._settings(*settings), strict=True)
+        return [found.log_probs(*own) for found, own in each_own]
 
     def _checked(self, lmbda: Any) -> tuple[float, ...]:
         if self.memories:
@@ -149,12 +166,16 @@ class TokenScores:
             raise KNNLMError("these are the scores of a model without memory: lmbda must be 0")
         return ()
 
-    def _each(self, name: str, value: Any) -> tuple[Any, ...]:
-        """t or k of each memory; one value is for those that search, if there is one."""
-        values = each(name, value, len(self.memories))
-        if isinstance(value, list | tuple) or not any(found.k for found in self.memories):
-            return values
-        return tuple(value if found.k else None for found in self.memories)
+    def _settings(self, temperature: Any, k: Any, match_weight: Any) -> list[tuple[Any, Any, Any]]:
+        """t, k and γ of each memory."""
+        searching = [found.k is not None for found in self.memories]
+        matching = [found.matches is not None for found in self.memories]
+        columns = (
+            _each("temperature", temperature, searching),
+            _each("k", k, searching),
+            _each("match_weight", match_weight, matching),
+        )
+        return list(zip(*columns, strict=True))
 
     @staticmethod
     def concatenate(parts: Sequence[TokenScores]) -> TokenScores:
@@ -173,6 +194,14 @@ class TokenScores:
 
 
 _COLUMNS = ("lm_log_probs", "tokens", "documents", "context")
+
+
+def _each(name: str, value: Any, takes: Sequence[bool]) -> tuple[Any, ...]:
+    """A setting of each memory; one value is for those that take it, if there is one."""
+    values = each(name, value, len(takes))
+    if isinstance(value, list | tuple) or not any(takes):
+        return values
+    return tuple(value if one else None for one in takes)
 
 
 def _mean_nll(log_probs_N: Tensor) -> float:

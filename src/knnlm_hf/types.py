@@ -80,10 +80,12 @@ def check_k(k: Any, entries: int | None = None) -> int:
     return int(k)
 
 
-def check_count(name: str, value: Any) -> int:
+def check_count(name: str, value: Any, most: int | None = None) -> int:
     """Return `value` as an int if it is 1 or more; raise `SettingError` otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(f"{name} is {value!r}, expected a whole number, 1 or more")
+    if most is not None and value > most:
+        raise SettingError(f"{name} is {value}, expected {most} at most")
     if value > 1 << 62:
         raise SettingError(f"{name} is {value}, expected a whole number that 64 bits hold")
     return value
@@ -94,6 +96,19 @@ def check_temperature(temperature: Any) -> float:
     value = _number("temperature", temperature)
     if not 0 < value < math.inf:
         raise SettingError(f"temperature is {temperature!r}, expected a number above 0")
+    return value
+
+
+MOST_MATCH_WEIGHT = 8.0
+
+
+def check_match_weight(match_weight: Any) -> float:
+    """Return γ as a float if 0 ≤ γ ≤ 8; raise `SettingError` otherwise."""
+    value = _number("match_weight", match_weight)
+    if not 0 <= value <= MOST_MATCH_WEIGHT:
+        raise SettingError(
+            f"match_weight is {match_weight!r}, expected 0 <= match_weight <= {MOST_MATCH_WEIGHT:g}"
+        )
     return value
 
 

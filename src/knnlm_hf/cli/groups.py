@@ -25,6 +25,8 @@ from knnlm_hf.cli.options import (
     K,
     Lines,
     Lmbda,
+    MatchLength,
+    MatchWeight,
     Metric,
     MoreMemories,
     OptionalMemory,
@@ -47,6 +49,7 @@ class Memories:
     metric: Metric = None
     index: Index = None
     rescore: Rescore = False
+    match_length: MatchLength = None
 
     @property
     def sources(self) -> list[str]:
@@ -56,7 +59,10 @@ class Memories:
     @property
     def search(self) -> dict[str, Any]:
         """What was said of how to search."""
-        given = {"k": self.k, "metric": self.metric, "index": self.index}
+        given = {
+            "k": self.k, "metric": self.metric, "index": self.index,
+            "match_length": self.match_length,
+        }  # fmt: skip
         found: dict[str, Any] = {name: one for name, one in given.items() if one is not None}
         return found | ({"rescore": True} if self.rescore else {})
 
@@ -67,6 +73,13 @@ class Mixture:
 
     lmbda: Lmbda = None
     temperature: Temperature = None
+    match_weight: MatchWeight = None
+
+    @property
+    def fitted(self) -> dict[str, float]:
+        """What was said of a memory that searches."""
+        given = {"temperature": self.temperature, "match_weight": self.match_weight}
+        return {name: one for name, one in given.items() if one is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

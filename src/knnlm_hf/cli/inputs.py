@@ -65,19 +65,24 @@ def load_knn(name: str, loading: Loading, memories: Memories, mixture: Mixture) 
     _check_used(model.memories, memories, mixture)
     for memory in filter(_searches, model.memories):
         memory.k = memory.k if memories.k is None else memories.k
-        if mixture.temperature is not None:
-            memory.temperature = mixture.temperature
+        for setting, value in mixture.fitted.items():
+            if hasattr(memory, setting):
+                setattr(memory, setting, value)
     return model, tokenizer
 
 
 def _memory(source: str, memories: Memories, mixture: Mixture) -> Any:
-    from knnlm_hf import KNNMemory
+    from knnlm_hf import HybridMemory, KNNMemory
     from knnlm_hf.memory import Head, open_source
 
     opened = open_source(source)
     if isinstance(opened, Head):
         return opened
-    return KNNMemory(opened, temperature=mixture.temperature, **memories.search)
+    settings = memories.search | mixture.fitted
+    if memories.match_length is not None:
+        return HybridMemory(opened, **settings)
+    settings.pop("match_weight", None)
+    return KNNMemory(opened, **settings)
 
 
 def _cache(model: Any, opened: list[Any], memories: Memories, mixture: Mixture) -> Any:
@@ -100,11 +105,15 @@ def _searches(memory: Any) -> bool:
 
 def _check_used(opened: Iterable[Any], memories: Memories, mixture: Mixture) -> None:
     """Refuse options of a search where no memory searches so."""
-    given = memories.search | ({} if mixture.temperature is None else {"temperature": None})
+    given = memories.search | mixture.fitted
     searching = list(filter(_searches, opened))
     unused = [name for name in given if not any(hasattr(memory, name) for memory in searching)]
     if unused:
-        options = ", ".join(f"--{name}" for name in unused)
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        if unused == ["match_weight"]:
+            raise KNNLMError(
+                f"{options}: only for a datastore that is searched with --match-length"
+            )
         raise KNNLMError(f"{options}: only for a datastore, and none of the memories is one")
 
 

@@ -50,4 +50,15 @@ Metric = Annotated[str | None, typer.Option(help="l2 or ip; default: l2.")]
 Index = Annotated[
     str | None, typer.Option(help="auto, exact, or a factory string that was built; default: auto.")
 ]
+MatchLength = Annotated[
+    int | None,
+    typer.Option(
+        "--match-length", min=1,
+        help="Weigh neighbours by the tokens just before, so many at most (try 3).",
+    ),
+]  # fmt: skip
+MatchWeight = Annotated[
+    float | None,
+    typer.Option("--match-weight", help="Factor e^weight for each such token; default: 1."),
+]
 Rescore = Annotated[bool, typer.Option("--rescore", help="True similarities from stored keys.")]

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.interpolation import token_knn_log_probs
-from knnlm_hf.types import check_k, check_temperature
+from knnlm_hf.types import check_k, check_match_weight, check_temperature
 
 _CHUNK = 1 << 24  # similarities worked on at a time
-_COLUMNS = ("similarity", "is_target", "scores")
+_COLUMNS = ("similarity", "is_target", "matches", "scores")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,15 @@ class Evidence:
     """(N, K) float32, nearest first, −inf for a missing hit."""
     is_target: Tensor | None = None
     """(N, K) bool: neighbour k carries the target."""
+    matches: Tensor | None = None
+    """(N, K) uint8: how many tokens before it neighbour k shares with the query, of a
+    `HybridMemory`."""
     scores: Tensor | None = None
     """(N,) float32, log-probability of the target under a memory that does not search."""
     temperature: float = 1.0
     """t of the memory that was asked: the default below."""
+    match_weight: float = 0.0
+    """γ of the memory that was asked, likewise; without `matches` it weighs nothing."""
 
     @property
     def k(self) -> int | None:
@@ -47,30 +52,41 @@ class Evidence:
         """(N,) bool, whether the token's query found anything at all; None without search."""
         return None if self.similarity is None else self.similarity[:, 0] > -math.inf
 
-    def log_probs(self, temperature: Any = None, k: Any = None) -> Tensor:
+    def log_probs(self, temperature: Any = None, k: Any = None, match_weight: Any = None) -> Tensor:
         """(N,) float32, log-probability of each token; −inf is possible.
 
         Args:
             temperature: t > 0; None: the memory's own.
             k: 1 ≤ k ≤ the k that was searched; None: that one.
+            match_weight: γ, 0 to 8, of a memory that counts matches; None: its own.
 
         Raises:
             SettingError: out of range, or given for a memory that does not search.
         """
         if self.scores is not None:
-            if temperature is not None or k is not None:
+            if temperature is not None or k is not None or match_weight is not None:
                 raise SettingError("these scores come from a memory without k and temperature")
             return self.scores
         similarity_NK, is_target_NK = self._neighbours(k)
         t = self.temperature if temperature is None else check_temperature(temperature)
-        rows = max(1, _CHUNK // max(1, similarity_NK.shape[1]))
-        parts = [
-            token_knn_log_probs(similarity, is_target, t)
-            for similarity, is_target in zip(
-                torch.split(similarity_NK, rows), torch.split(is_target_NK, rows), strict=True
-            )
-        ]
+        gamma = self._match_weight(match_weight)
+        count, k = similarity_NK.shape
+        rows = max(1, _CHUNK // max(1, k))
+        parts = []
+        for first in range(0, count, rows):
+            some = slice(first, first + rows)
+            similarity_nK = similarity_NK[some]
+            if self.matches is not None and gamma:
+                similarity_nK = similarity_nK + self.matches[some, :k] * (t * gamma)
+            parts.append(token_knn_log_probs(similarity_nK, is_target_NK[some], t))
         return torch.cat(parts) if parts else torch.empty(0)
+
+    def _match_weight(self, match_weight: Any) -> float:
+        if match_weight is None:
+            return self.match_weight
+        if self.matches is None:
+            raise SettingError("match_weight: these scores come from a memory that counts none")
+        return check_match_weight(match_weight)
 
     def _neighbours(self, k: Any) -> tuple[Tensor, Tensor]:
         if self.similarity is None or self.is_target is None:
@@ -114,7 +130,12 @@ def evidence(
         return Evidence(scores=scores_Q, temperature=temperature)
     near = memory.search(hidden_QD, exclude=exclude_Q)
     is_target_QK = near.tokens == tokens_Q.to(near.tokens.device)[:, None]
-    return Evidence(similarity=near.similarity, is_target=is_target_QK, temperature=temperature)
+    matches = getattr(memory, "matches", None)
+    return Evidence(
+        similarity=near.similarity, is_target=is_target_QK, temperature=temperature,
+        matches=None if matches is None else matches(near.ids),
+        match_weight=getattr(memory, "match_weight", 0.0),
+    )  # fmt: skip
 
 
 def searches(memory: Any) -> bool:

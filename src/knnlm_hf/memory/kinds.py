@@ -12,6 +12,7 @@ from knnlm_hf.errors import SettingError
 
 _MODULES = {
     "knn": "knn",
+    "hybrid": "hybrid",
     "cache": "cache",
     "multi_embedding": "multi_embedding",
     "mixture_of_softmaxes": "mixture_of_softmaxes",
@@ -19,7 +20,7 @@ _MODULES = {
     "mlp": "mlp",
 }
 """Kind → the module of this package that has its class."""
-_NO_HEADS = ("knn", "cache")
+_NO_HEADS = ("knn", "hybrid", "cache")
 _classes: dict[str, type[Any]] = {}
 
 C = TypeVar("C", bound=type[Any])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -163,26 +164,28 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         Raises:
             KNNLMError: the index is an object that this memory was given, not one of the store's.
         """
+        return {"kind": self.kind, **self._options(), "temperature": self.temperature}
+
+    def _options(self) -> dict[str, Any]:
+        """Of the constructor."""
         return {
-            "kind": self.kind,
             "k": self.k,
-            "temperature": self.temperature,
+            "temperature": self._temperature,
             "metric": self.metric,
             "index": self._named_index(),
             "rescore": self.rescore,
         }
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> KNNMemory:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A second memory with settings of its own on the same store and index."""
-        twin = KNNMemory.__new__(KNNMemory)
+        twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its store's path and settings; the other process opens the files itself."""
-        path = str(self.store.path.resolve())
-        name = self._named_index()
-        return KNNMemory, (path, self.k, self._temperature, self.metric, name, self.rescore)
+        make = functools.partial(type(self), str(self.store.path.resolve()), **self._options())
+        return make, ()
 
     def _named_index(self) -> str:
         if self.index_name == _CUSTOM:

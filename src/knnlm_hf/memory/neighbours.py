@@ -58,9 +58,9 @@ class NeighbourMemory(ABC):
         near = self._near(hidden)
         step = max(1, _MAX_DISTRIBUTION // self.vocab_size)
         parts = [
-            knn_log_probs(similarity_qK, tokens_qK, self.temperature, self.vocab_size)
-            for similarity_qK, tokens_qK in zip(
-                torch.split(near.similarity, step), torch.split(near.tokens, step), strict=True
+            knn_log_probs(score_qK, tokens_qK, self.temperature, self.vocab_size)
+            for score_qK, tokens_qK in zip(
+                torch.split(self.scored(near), step), torch.split(near.tokens, step), strict=True
             )
         ]
         log_probs_QV = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -78,8 +78,12 @@ class NeighbourMemory(ABC):
             )
         near = self._near(hidden)
         is_target_QK = near.tokens == tokens.reshape(-1, 1).to(near.tokens.device)
-        log_probs_Q = token_knn_log_probs(near.similarity, is_target_QK, self.temperature)
+        log_probs_Q = token_knn_log_probs(self.scored(near), is_target_QK, self.temperature)
         return log_probs_Q.reshape(tokens.shape)
+
+    def scored(self, near: Neighbors) -> Tensor:
+        """(Q, K) float32, s of which softmax(s / t) is taken; −inf for a missing hit."""
+        return near.similarity
 
     def _near(self, hidden: Tensor) -> Neighbors:
         return self.search(hidden.reshape(-1, hidden.shape[-1]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from knnlm_hf.datastore import DatastoreReader, Rows, atomic
 from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.datastore.folder import locked
-from knnlm_hf.errors import DatastoreError
+from knnlm_hf.errors import DatastoreError, SettingError
 from knnlm_hf.interpolation import knn_weights
 from knnlm_hf.memory.knn import KNNMemory
 from knnlm_hf.memory.soft_target_files import (
@@ -30,6 +30,7 @@ from knnlm_hf.memory.soft_target_files import (
     load_shard,
     read_manifest,
 )
+from knnlm_hf.memory.text import reads
 from knnlm_hf.progress import track
 from knnlm_hf.types import Neighbors, check_count
 
@@ -73,6 +74,11 @@ class SoftTargets:
             DatastoreError: the teacher's store is another one; the folder holds something else, or
                 cannot be written.
         """
+        if reads(teacher):
+            raise SettingError(
+                f"a {type(teacher).__name__} is asked with its text, which a head is not given: "
+                "distil a KNNMemory"
+            )
         check_teacher(store, teacher.store.digest, f"the teacher searches {teacher.store.path}")
         path = Path(f"{store.path}.targets") if path is None else Path(path).expanduser()
         wanted = TargetManifest(

@@ -1,7 +1,7 @@
 """Texts as far as they were read: the states in them, and the token after each.
 
-Most memories know their entries beforehand. One that has `reading` (`CacheMemory`) learns them from
-the text itself, so whoever asks it hands over the text first:
+Most memories are asked of states alone. One that has `reading` is shown the text they stand in
+first, to learn its entries from it (`CacheMemory`) or to compare it with theirs (`HybridMemory`):
 
     memory.reading(text, rows, places).log_probs(hidden)
 
@@ -30,7 +30,7 @@ class Text(NamedTuple):
 
 
 def reads(memory: Any) -> bool:
-    """Whether a memory's entries come from the text itself."""
+    """Whether a memory is to be shown the text before it is asked."""
     return hasattr(memory, "reading")
 
 

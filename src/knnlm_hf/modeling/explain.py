@@ -75,9 +75,10 @@ class Explanation:
     token_memory_log_prob: float | tuple[float, ...] | None = None
     """log P(token) of the memory alone, of several the tuple."""
     neighbours: list[Neighbour] = field(default_factory=list)
-    """The nearest entries of each memory that has any, nearest first."""
+    """The entries that weigh most of each memory that has any, heaviest first: of a `KNNMemory` the
+    nearest."""
     carriers: list[Neighbour] = field(default_factory=list)
-    """The nearest of all k that carry `token` (at the end of the text: `predicted`), likewise."""
+    """Those of all k that carry `token` (at the end of the text: `predicted`), likewise."""
 
 
 @torch.no_grad()
@@ -154,7 +155,7 @@ def place_name(document: int | None) -> str:
 
 def origin(memory: Any, ids: list[int]) -> Any:
     """Where a memory's neighbours stand: its datastore, or the text `ids` itself."""
-    return OwnText(ids) if reads(memory) else memory.store
+    return memory.store if hasattr(memory, "store") else OwnText(ids)
 
 
 def _passes(
@@ -241,14 +242,20 @@ def _hits(
     top: int,
     tokenizer: Any,
 ) -> list[tuple[list[Neighbour], list[Neighbour]]]:
-    """At each position the nearest entries of every memory, and the nearest carrying `wanted`."""
+    """At each position the heaviest entries of every memory, and the heaviest with `wanted`."""
     hits: list[tuple[list[Neighbour], list[Neighbour]]] = [([], []) for _ in wanted]
     for number, (memory, states_TD) in enumerate(zip(memories, states, strict=True)):
         if not _has_neighbours(memory):
             continue
         store, near = origin(memory, ids), memory.search(states_TD)
-        weights_TK = knn_weights(near.similarity, memory.temperature).exp()
-        columns = [column.cpu() for column in (weights_TK, *near)]
+        scores_TK = memory.scored(near) if hasattr(memory, "scored") else near.similarity
+        weights_TK, ranks_TK = (
+            knn_weights(scores_TK, memory.temperature)
+            .exp()
+            .sort(dim=1, descending=True, stable=True)
+        )
+        columns = [column.gather(1, ranks_TK).cpu() for column in near]
+        columns = [weights_TK.cpu(), *columns, ranks_TK.cpu()]
         for t, (nearest, carriers) in enumerate(hits):
             row = [column[t] for column in columns]
             found = (row[2] >= 0).nonzero()[:top, 0]
@@ -261,9 +268,9 @@ def _hits(
 def _neighbours(
     store: Any, memory: int, row: list[Tensor], places_K: Tensor, tokenizer: Any
 ) -> Iterator[Neighbour]:
-    """The hits at these places of a row of weights, similarities, ids and tokens."""
-    hits = zip(*(column[places_K].tolist() for column in row), places_K.tolist(), strict=True)
-    for weight, similarity, entry, token, place in hits:
+    """The hits at these places of a row of weights, similarities, ids, tokens and ranks."""
+    hits = zip(*(column[places_K].tolist() for column in row), strict=True)
+    for weight, similarity, entry, token, rank in hits:
         context = None
         if tokenizer is not None:
             with suppress(DatastoreError):  # a subsample has no text around its entries
@@ -277,7 +284,7 @@ def _neighbours(
             context,
             store.document(entry),
             memory,
-            place + 1,
+            rank + 1,
         )
 
 

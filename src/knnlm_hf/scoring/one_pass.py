@@ -16,12 +16,11 @@ from knnlm_hf import capture
 from knnlm_hf.corpus import documents
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.memory import evidence
-from knnlm_hf.memory.evidence import searches
-from knnlm_hf.memory.text import Reader, reads
+from knnlm_hf.memory.text import Reader
 from knnlm_hf.modeling import KNNLMForCausalLM
 from knnlm_hf.progress import track
 from knnlm_hf.scores import TokenScores
-from knnlm_hf.scoring.own_entries import OwnEntries
+from knnlm_hf.scoring.own_entries import OwnEntries, has_entries
 from knnlm_hf.types import check_count
 from knnlm_hf.windows import Batch, batches, check_window
 
@@ -102,7 +101,7 @@ class _Scorer:
         found = []
         for memory, reader, states_ND in zip(self.memories, self.readers, hidden_ND, strict=True):
             asked = reader.read(states_ND, targets_N, documents_N)
-            own_n = own_N if searches(memory) and not reads(memory) else None
+            own_n = own_N if has_entries(memory) else None
             found.append(evidence(asked, states_ND, targets_N, own_n).cpu())
         done = time.perf_counter()
         return TokenScores(

@@ -25,7 +25,7 @@ class OwnEntries:
     """
 
     def __init__(self, memories: Iterable[Any]) -> None:
-        searching = [memory for memory in memories if searches(memory) and not reads(memory)]
+        searching = [memory for memory in memories if has_entries(memory)]
         if not searching:
             raise KNNLMError("exclude_self needs a model with a datastore, found none")
         stores = [getattr(memory, "store", None) for memory in searching]
@@ -54,6 +54,11 @@ class OwnEntries:
                 at = f"token {int(tokens_N[same])} (document {int(documents_N[same])})"
                 raise KNNLMError(_another(store, first + same, at))
         return torch.arange(first, self.next_entry)
+
+
+def has_entries(memory: Any) -> bool:
+    """Whether the memory searches entries other than those of the text that is read."""
+    return searches(memory) and (hasattr(memory, "store") or not reads(memory))
 
 
 def _another(store: DatastoreReader, entry: int, at: str) -> str:

@@ -1,4 +1,4 @@
-"""TokenScores → k, t, λ: a grid over k and t, and the exact best λ for each of its points."""
+"""TokenScores → k, t, γ, λ: a grid over k and t, and the exact best λ for each of its points."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class Tuned:
     tokens: int
     message: str
     """What was found, in a sentence; says so when the memory does not help."""
+    match_weight: Any = None
+    """γ; None for a memory that counts no matches."""
 
     @property
     def helps(self) -> bool:
@@ -64,9 +66,10 @@ def tune(
     """Fit k, t and λ to held-out text, in one retrieval pass, and apply them to `model`.
 
     Use text that is neither in the datastore nor the text you will report. The λs of several
-    memories are fitted together, k and t of each that searches one memory after the other. A
-    head's temperature is left as it is: every row of the head is in its normaliser, so another t
-    cannot be had from what was kept, and its trained rows have fitted their scale already.
+    memories are fitted together, k and t (of a `HybridMemory` also γ) of each that searches one
+    memory after the other. A head's temperature is left as it is: every row of the head is in its
+    normaliser, so another t cannot be had from what was kept, and its trained rows have fitted
+    their scale already.
 
     Args:
         model: a `KNNLMForCausalLM`.
@@ -75,7 +78,7 @@ def tune(
         temperatures: candidates; None: a wide geometric grid around the memory's (around the
             evidence's own scale where that is far off), wider while its end is best, then refined.
         lmbdas: candidates, of several memories lists with one λ each; None: the exact optimum.
-        apply: set the memory's k and temperature, and the model's lmbda, to the best.
+        apply: set the memory's k, temperature and match_weight, and the model's lmbda, to the best.
     """
     if not hasattr(model, "memory"):
         raise KNNLMError(f"{type(model).__name__} has no memory to tune: wrap it first")
@@ -89,10 +92,11 @@ def tune(
     if apply:
         model.lmbda = best.lmbda
         count = len(model.memories)
-        settings = each("k", best.k, count), each("temperature", best.temperature, count)
-        for memory, k, temperature in zip(model.memories, *settings, strict=True):
-            if k is not None:
-                memory.k, memory.temperature = k, temperature
+        for name in ("k", "temperature", "match_weight"):
+            values = each(name, getattr(best, name), count)
+            for memory, value in zip(model.memories, values, strict=True):
+                if value is not None:
+                    setattr(memory, name, value)
     return best
 
 
@@ -106,8 +110,9 @@ def fit(
     """The settings of lowest perplexity on kept scores: arithmetic only, no retrieval.
 
     The options are `tune`'s. For given k and t the best λs are exact, for the log-likelihood is
-    concave in them (`tuning.shares`). k and t are taken from a grid; of several memories one
-    memory's at a time, the others as they are, until none changes.
+    concave in them (`tuning.shares`). k and t are taken from a grid, γ by steps of 1 from 0 while
+    that gains, then of ½ and ¼; of several memories one memory's at a time, the others as they
+    are, until none changes.
     """
     for name, grid in (("ks", ks), ("temperatures", temperatures), ("lmbdas", lmbdas)):
         if grid is not None and not len(grid):
@@ -120,9 +125,10 @@ def fit(
 def _tuned(scores: TokenScores, descent: Descent) -> Tuned:
     lmbdas, chosen = descent.run()
     temperatures, ks = [one.temperature for one in chosen], [one.k for one in chosen]
+    match_weights = [one.match_weight for one in chosen]
     base = scores.base_perplexity
     if bool((scores.lm_log_probs < -DEEPEST).any()):
-        mixed = scores.perplexity(lmbdas, temperatures, ks)
+        mixed = scores.perplexity(lmbdas, temperatures, ks, match_weights)
     else:  # without looking at every neighbour again
         log_probs_N = scores.lm_log_probs + descent.mixed(lmbdas).log()
         mixed = exp(-log_probs_N.mean(dtype=torch.float64).item())
@@ -137,12 +143,15 @@ def _tuned(scores: TokenScores, descent: Descent) -> Tuned:
     return Tuned(
         lmbda=one_or_all(lmbdas),
         temperature=one_or_all(temperatures), k=one_or_all(ks),
+        match_weight=one_or_all(match_weights),
         perplexity=mixed, base_perplexity=base, tokens=len(scores), message=message,
     )  # fmt: skip
 
 
 def _described(lmbda: float, choice: Choice) -> str:
     searching = choice.temperature is not None
-    return f"lmbda {lmbda:.3g}" + (
-        f", temperature {choice.temperature:.4g}, k {choice.k}" if searching else ""
+    return (
+        f"lmbda {lmbda:.3g}"
+        + (f", temperature {choice.temperature:.4g}, k {choice.k}" if searching else "")
+        + (f", match weight {choice.match_weight:.3g}" if choice.match_weight is not None else "")
     )

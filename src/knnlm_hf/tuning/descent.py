@@ -1,4 +1,4 @@
-"""One memory's k and t after the other, the λs of all together.
+"""One memory's k, t and γ after the other, the λs of all together.
 
 Shape suffixes: N token, K k, L candidate.
 """
@@ -17,7 +17,7 @@ from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.tuning.grid import knn_probabilities
 from knnlm_hf.tuning.shares import best_of, best_share, best_shares
-from knnlm_hf.types import check_k, check_lmbdas, check_temperature
+from knnlm_hf.types import MOST_MATCH_WEIGHT, check_k, check_lmbdas, check_temperature
 
 _SWEEPS = 5
 DEEPEST = 80.0
@@ -26,6 +26,8 @@ _FAR = 16
 """Factor from the scale of the evidence beyond which the grid is not around the memory's own t."""
 _SAMPLE = 64
 _EXTENSIONS = 4
+_FINER = (0.5, 0.25)
+"""Steps of γ, after whole ones."""
 _WORTH_IT = 1e-4
 """Nats that a t beyond the grid must gain: towards 0 and ∞ the gain only creeps to its limit."""
 
@@ -35,6 +37,7 @@ class Choice(NamedTuple):
 
     temperature: float | None
     k: int | None
+    match_weight: float | None
     ratio: Tensor
     """(N,) P over P_LM of each token; 1 where the memory has nothing to say."""
 
@@ -65,7 +68,7 @@ class Descent:
         count = len(self.memories)
         self.candidates = None if lmbdas is None else [check_lmbdas(one, count) for one in lmbdas]
         self.inverse_N = (-scores.lm_log_probs).clamp(max=DEEPEST).exp()
-        silent = Choice(None, None, torch.ones_like(self.inverse_N))
+        silent = Choice(None, None, None, torch.ones_like(self.inverse_N))
         self.chosen = [
             silent if found.scores is None else self._fixed(found.scores) for found in self.memories
         ]
@@ -74,17 +77,17 @@ class Descent:
         """The best λs and settings."""
         lmbdas = self._shares()
         for _ in range(_SWEEPS):
-            before = [choice[:2] for choice in self.chosen]
+            before = [choice[:3] for choice in self.chosen]
             for number, found in enumerate(self.memories):
                 if found.k is not None:
                     self.chosen[number] = self._settings(number, lmbdas)
                     lmbdas = self._shares()
-            if len(self.memories) == 1 or before == [choice[:2] for choice in self.chosen]:
+            if len(self.memories) == 1 or before == [choice[:3] for choice in self.chosen]:
                 break
         return lmbdas, self.chosen
 
     def _fixed(self, scores_N: Tensor) -> Choice:
-        return Choice(None, None, scores_N.exp() * self.inverse_N)
+        return Choice(None, None, None, scores_N.exp() * self.inverse_N)
 
     def _shares(self) -> tuple[float, ...]:
         """The best λs for the settings chosen so far."""
@@ -104,22 +107,40 @@ class Descent:
         return mixed_N
 
     def _settings(self, number: int, lmbdas: tuple[float, ...]) -> Choice:
-        """The best k and t of one memory, its λ free, the others as they are."""
-        ks = self.ks[number]
-        if self.temperatures is not None:
-            return max(self._grid(number, lmbdas, ks, self.temperatures), key=_preference).choice
-        best = self._widely(number, lmbdas)
-        if best.choice.temperature and best.choice.k:
-            near = [best.choice.temperature * 2 ** (step / 15) for step in range(-4, 5) if step]
-            finer = self._grid(number, lmbdas, [best.choice.k], near)
+        """The best settings of one memory, its λ free, the others as they are."""
+        if self.memories[number].matches is None:
+            return self._with(None, number, lmbdas).choice
+        best = self._with(0.0, number, lmbdas)
+        for match_weight in range(1, int(MOST_MATCH_WEIGHT) + 1):
+            further = self._with(float(match_weight), number, lmbdas)
+            if further.gain <= best.gain:
+                break
+            best = further
+        for step in _FINER:
+            middle = best.choice.match_weight or 0.0
+            near = [one for one in (middle - step, middle + step) if 0 <= one <= MOST_MATCH_WEIGHT]
+            finer = [self._with(one, number, lmbdas) for one in near]
             best = max(best, *finer, key=_preference)
         return best.choice
 
-    def _widely(self, number: int, lmbdas: tuple[float, ...]) -> _Found:
+    def _with(self, match_weight: float | None, number: int, lmbdas: tuple[float, ...]) -> _Found:
+        """The best k and t of one memory for one γ (None: it has none)."""
+        ks = self.ks[number]
+        if self.temperatures is not None:
+            grid = self._grid(number, lmbdas, ks, self.temperatures, match_weight)
+            return max(grid, key=_preference)
+        best = self._widely(number, lmbdas, match_weight)
+        if best.choice.temperature and best.choice.k:
+            near = [best.choice.temperature * 2 ** (step / 15) for step in range(-4, 5) if step]
+            finer = self._grid(number, lmbdas, [best.choice.k], near, match_weight)
+            best = max(best, *finer, key=_preference)
+        return best
+
+    def _widely(self, number: int, lmbdas: tuple[float, ...], match_weight: float | None) -> _Found:
         """The best of a grid of ten octaves, and of five more while its end is the best."""
         ks, middle = self.ks[number], self.middles[number]
         grid = [middle * 2 ** (step / 3) for step in range(-15, 15)]
-        best = max(self._grid(number, lmbdas, ks, grid), key=_preference)
+        best = max(self._grid(number, lmbdas, ks, grid, match_weight), key=_preference)
         for _ in range(_EXTENSIONS):
             if best.choice.temperature == grid[0]:
                 more = [grid[0] * 2 ** (step / 3) for step in range(-15, 0)]
@@ -129,20 +150,25 @@ class Descent:
                 grid = [*grid, *more]
             else:
                 break
-            further = max(self._grid(number, lmbdas, ks, more), key=_preference)
+            further = max(self._grid(number, lmbdas, ks, more, match_weight), key=_preference)
             if further.gain < best.gain + _WORTH_IT:
                 break
             best = further
         return best
 
     def _grid(
-        self, number: int, lmbdas: tuple[float, ...], ks: list[int], temperatures: Sequence[float]
+        self,
+        number: int,
+        lmbdas: tuple[float, ...],
+        ks: list[int],
+        temperatures: Sequence[float],
+        match_weight: float | None,
     ) -> Iterator[_Found]:
         """The gain for each t and k, and the best λ there."""
         rest_N = self.mixed(lmbdas, without=number)
         candidates = self.candidates or []
         rest_LN = [self.mixed(candidate, without=number) for candidate in candidates]
-        all_KN = knn_probabilities(self.memories[number], ks, temperatures)
+        all_KN = knn_probabilities(self.memories[number], ks, temperatures, match_weight or 0.0)
         for temperature, knn_KN in zip(temperatures, all_KN, strict=True):
             # A query without hits leaves its share to the model, as if both agreed.
             ratio_KN = torch.where(knn_KN.isnan(), 1.0, knn_KN * self.inverse_N)
@@ -153,7 +179,7 @@ class Descent:
                 gain_K, index_K = best_of(ratio_KN, rest_LN, own).max(0)
                 lmbda_K = torch.tensor(own)[index_K]
             for row, k in enumerate(ks):
-                choice = Choice(temperature, k, ratio_KN[row])
+                choice = Choice(temperature, k, match_weight, ratio_KN[row])
                 yield _Found(gain_K[row].item(), lmbda_K[row].item(), choice)
 
 

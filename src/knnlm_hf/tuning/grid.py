@@ -20,23 +20,32 @@ _SQUARINGS = 4
 _BLOCK = 1 << 19  # similarities in a block: 2 MB, so that a block stays in cache for all t
 
 
-def knn_probabilities(found: Evidence, ks: list[int], temperatures: Sequence[float]) -> Tensor:
+def knn_probabilities(
+    found: Evidence, ks: list[int], temperatures: Sequence[float], match_weight: float = 0.0
+) -> Tensor:
     """p_kNN(target) for each temperature and k: (len(temperatures), len(ks), N) float32.
 
     A block of rows stays in cache for all temperatures. NaN where a query has no hit.
+    `match_weight` is γ, for evidence with `matches`.
     """
     assert found.similarity is not None
     assert found.is_target is not None
     all_similarity_NK, all_is_target_NK = found.similarity, found.is_target
     count = len(all_similarity_NK)
+    matches_NK = found.matches if match_weight else None
     result_TKN = torch.empty(len(temperatures), len(ks), count)
 
     def work(block: slice) -> None:
         similarity_nK = all_similarity_NK[block, : ks[-1]]
         relative_nK = similarity_nK - similarity_nK[:, :1]  # NaN throughout where there is no hit
-        hits = _Hits(relative_nK, all_is_target_NK[block, : ks[-1]], ks)
+        bonus_nK = None  # e^(γ·m), at least 1, so that no sum of weights vanishes
+        if matches_NK is not None:
+            bonus_nK = (matches_NK[block, : ks[-1]] * match_weight).exp_()
+        hits = _Hits(relative_nK, all_is_target_NK[block, : ks[-1]], ks, bonus_nK)
         total_TKn = torch.empty(len(temperatures), len(ks), len(relative_nK))
         for i, weights_nK in _weights(relative_nK, temperatures):
+            if bonus_nK is not None:
+                weights_nK = weights_nK * bonus_nK
             for j, (first, last) in enumerate(zip([0, *ks], ks, strict=False)):
                 torch.sum(weights_nK[:, first:last], 1, out=total_TKn[i, j])
         result_TKN[:, :, block] = hits.weights(temperatures) / total_TKn.cumsum(1)
@@ -74,9 +83,12 @@ def _weights(relative: Tensor, temperatures: Sequence[float]) -> Iterator[tuple[
 class _Hits:
     """The neighbours of a block that carry their query's target: few, so kept as a ragged list."""
 
-    def __init__(self, relative_nK: Tensor, is_target_nK: Tensor, ks: list[int]) -> None:
+    def __init__(
+        self, relative_nK: Tensor, is_target_nK: Tensor, ks: list[int], bonus_nK: Tensor | None
+    ) -> None:
         row_H, column_H = is_target_nK.nonzero(as_tuple=True)
         self.relative_H = relative_nK[row_H, column_H]
+        self.bonus_H = None if bonus_nK is None else bonus_nK[row_H, column_H]
         self.shape = (len(ks), relative_nK.shape[0])
         # Neighbours are sorted: a query's hits under each k are a running sum over segments.
         segment_H = torch.bucketize(column_H, torch.tensor(ks), right=True)
@@ -87,6 +99,8 @@ class _Hits:
         """(T, len(ks), n) summed weight of the hits among the first k neighbours."""
         carried_TKn = np.zeros((len(temperatures), *self.shape), dtype=np.float32)
         for i, weights_H in _weights(self.relative_H, temperatures):
+            if self.bonus_H is not None:
+                weights_H = weights_H * self.bonus_H
             if len(self.starts):
                 sums = np.add.reduceat(weights_H.numpy(), self.starts)
                 carried_TKn[i, self.segments, self.rows] = sums
