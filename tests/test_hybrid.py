@@ -27,7 +27,7 @@ from knnlm_hf import (
 )
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.text import Text
-from knnlm_hf.tuning import fit
+from knnlm_hf.tuning import descent, fit
 
 ITEMS = tiny.corpus(seed=3)
 HELD_OUT = tiny.corpus(seed=8)
@@ -298,6 +298,19 @@ def test_tune_fits_the_match_weight_and_applies_it(model: Any, store: Any) -> No
     table = fit(scores)
     figure = scores.perplexity(table.lmbda, table.temperature, table.k, table.match_weight)
     assert figure == pytest.approx(table.perplexity, rel=1e-5)
+
+
+def test_the_match_weight_of_many_tokens_is_that_of_some(
+    model: Any, store: Any, monkeypatch: Any
+) -> None:
+    scores = score(KNNLMForCausalLM(model, memory_of(store), lmbda=0.4), HELD_OUT, **READING)
+    whole = fit(scores)
+    few = fit(scores[::3])
+    monkeypatch.setattr(descent, "_ENOUGH", len(scores) // 3)
+    sampled = fit(scores)
+    assert sampled.match_weight == few.match_weight
+    assert (sampled.tokens, few.tokens) == (len(scores), len(scores[::3]))
+    assert whole.perplexity <= sampled.perplexity < whole.perplexity * 1.02
 
 
 def test_matches_that_say_nothing_get_no_weight(model: Any, store: Any) -> None:

@@ -97,6 +97,12 @@ class Evidence:
             raise SettingError(f"k is {k}, but only {kept} neighbours were scored: score again")
         return self.similarity[:, :k], self.is_target[:, :k]
 
+    def __getitem__(self, rows: slice) -> Evidence:
+        """Of some of the tokens."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        some: Any = {n: None if c is None else c[rows] for n, c in columns.items()}
+        return replace(self, **some)
+
     def cpu(self) -> Evidence:
         """The same on the CPU."""
         columns = {name: getattr(self, name) for name in _COLUMNS}

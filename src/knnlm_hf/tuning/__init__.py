@@ -111,8 +111,8 @@ def fit(
 
     The options are `tune`'s. For given k and t the best λs are exact, for the log-likelihood is
     concave in them (`tuning.shares`). k and t are taken from a grid, γ by steps of 1 from 0 while
-    that gains, then of ½ and ¼; of several memories one memory's at a time, the others as they
-    are, until none changes.
+    that gains, then of ½ and ¼, on some 32,768 of the tokens where there are many more; of several
+    memories one memory's at a time, the others as they are, until none changes.
     """
     for name, grid in (("ks", ks), ("temperatures", temperatures), ("lmbdas", lmbdas)):
         if grid is not None and not len(grid):

@@ -26,6 +26,8 @@ _FAR = 16
 """Factor from the scale of the evidence beyond which the grid is not around the memory's own t."""
 _SAMPLE = 64
 _EXTENSIONS = 4
+_ENOUGH = 1 << 15
+"""Tokens from which γ is fitted where there are many more: it takes a dozen grids."""
 _FINER = (0.5, 0.25)
 """Steps of γ, after whole ones."""
 _WORTH_IT = 1e-4
@@ -60,6 +62,11 @@ class Descent:
         lmbdas: Sequence[Any] | None,
     ) -> None:
         self.memories = scores.memories
+        self.match_weights: list[float | None] = [None] * len(scores.memories)
+        step = len(scores) // _ENOUGH
+        if step > 1 and any(found.matches is not None for found in self.memories):
+            _, chosen = Descent(scores[::step], ks, temperatures, lmbdas).run()
+            self.match_weights = [choice.match_weight for choice in chosen]
         self.ks = [[] if found.k is None else _candidate_ks(found.k, ks) for found in self.memories]
         self.temperatures = (
             None if temperatures is None else [*map(check_temperature, temperatures)]
@@ -108,8 +115,9 @@ class Descent:
 
     def _settings(self, number: int, lmbdas: tuple[float, ...]) -> Choice:
         """The best settings of one memory, its λ free, the others as they are."""
-        if self.memories[number].matches is None:
-            return self._with(None, number, lmbdas).choice
+        known = self.match_weights[number]
+        if known is not None or self.memories[number].matches is None:
+            return self._with(known, number, lmbdas).choice
         best = self._with(0.0, number, lmbdas)
         for match_weight in range(1, int(MOST_MATCH_WEIGHT) + 1):
             further = self._with(float(match_weight), number, lmbdas)
