@@ -119,14 +119,17 @@ class HybridMemory(KNNMemory):
             return None
         if len(self._before_QM) != len(ids_QK):
             raise KNNLMError(f"{len(ids_QK)} queries, but {len(self._before_QM)} places in a text")
-        ids = ids_QK.to("cpu").clamp(min=0)
-        alike_QK = ids_QK.to("cpu") >= 0
-        count_QK = torch.zeros(ids.shape, dtype=torch.uint8)
-        room_QK = self._room[ids]
-        for back, token_Q in enumerate(self._before_QM.to("cpu").unbind(1), start=1):
+        ids_n = ids_QK.to("cpu").reshape(-1)
+        alike_QK = (ids_n >= 0).view(ids_QK.shape)
+        ids_n = ids_n.clamp(min=0)
+        count_QK = torch.zeros(ids_QK.shape, dtype=torch.uint8)
+        room_QK = self._room.index_select(0, ids_n).view(ids_QK.shape)
+        for back, token_Q in enumerate(self._before_QM.to("cpu", torch.int32).unbind(1), start=1):
             # Entry i − 1 is the token before entry i's, where both are of one document.
-            value_QK = self.store.values[(ids - back).clamp(min=0)]
-            alike_QK &= (value_QK == token_Q[:, None]) & (room_QK >= back)
+            earlier_n = (ids_n - back).clamp_(min=0)
+            value_QK = self.store.values.index_select(0, earlier_n).view(ids_QK.shape)
+            alike_QK &= value_QK == token_Q[:, None]
+            alike_QK &= room_QK >= back
             count_QK += alike_QK
         return count_QK.to(ids_QK.device)
 
