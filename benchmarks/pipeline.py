@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from knnlm_hf import (
     CacheMemory,
     Datastore,
+    HybridMemory,
     KNNLMForCausalLM,
     KNNMemory,
     perplexity,
@@ -78,7 +79,11 @@ def has_bfloat16() -> bool:
 def wrapped(args: argparse.Namespace, model: Any, store: Any) -> dict[str, Any]:
     """kNN-LM, with the text itself as a second memory, and that one alone."""
     memory, text = KNNMemory(store, k=args.k), CacheMemory.of(model)
-    mixtures = {"mixture": [memory], "mixture and cache": [memory, text], "cache": [text]}
+    hybrid = HybridMemory(store, k=args.k)
+    mixtures = {
+        "mixture": [memory], "mixture and cache": [memory, text], "cache": [text],
+        "hybrid": [hybrid], "hybrid and cache": [hybrid, text],
+    }  # fmt: skip
     return {name: KNNLMForCausalLM(model, memories) for name, memories in mixtures.items()}
 
 
@@ -177,6 +182,7 @@ def _quality(args: argparse.Namespace, knn: Any, tokenizer: Any) -> dict[str, An
     report = perplexity(knn, args.test, tokenizer=tokenizer, progress=False)
     return {
         "lmbda": best.lmbda, "temperature": best.temperature, "k": best.k,
+        "match_weight": best.match_weight,
         "tokens": report.tokens, "base_perplexity": report.base_perplexity,
         "perplexity": report.perplexity, "ratio": report.perplexity / report.base_perplexity,
         "oracle_perplexity": report.oracle_perplexity,
