@@ -379,6 +379,10 @@ def test_save_load_copy_pickle(model: Any, store: Any, tmp_path: Any) -> None:
     assert "match_length=3, match_weight=1.5" in repr(knn.memory)
     plain = KNNMemory(store, 20, 6.0, index="exact")
     assert type(pickle.loads(pickle.dumps(plain))) is KNNMemory
+    for one in (plain, knn.memory):  # every step of a generation makes a copy that has read
+        for twin in (copy.copy(one), copy.deepcopy(one)):
+            assert twin.store is one.store
+            assert twin.index is one.index
 
 
 @pytest.mark.parametrize(

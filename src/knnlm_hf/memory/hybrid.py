@@ -10,7 +10,6 @@ Shape suffixes: Q query, K neighbour, M place before the query, nearest first; S
 from __future__ import annotations
 
 import copy
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -76,6 +75,7 @@ class HybridMemory(KNNMemory):
                 f"{self.store.path}: a subsample keeps single entries, not the text before them: "
                 "use the datastore it was drawn from, or a KNNMemory"
             )
+        self._room = _room(self.store, match_length)
 
     def __repr__(self) -> str:
         own = f", match_length={self.match_length}, match_weight={self.match_weight})"
@@ -140,20 +140,20 @@ class HybridMemory(KNNMemory):
             return near.similarity
         return near.similarity + matches_QK * (self.temperature * self.match_weight)
 
-    @cached_property
-    def _room(self) -> Tensor:
-        """(N,) uint8: how many entries of its document stand before each, 64 at most."""
-        starts = self.store.document_starts
-        bounds = torch.cat([starts, starts.new_tensor([len(self.store)])])
-        places = torch.full((len(self.store),), _LONGEST, dtype=torch.uint8)
-        for place in range(_LONGEST):
-            at = starts + place
-            places[at[at < bounds[1:]]] = place
-        return places
-
     def _options(self) -> dict[str, Any]:
         own = {"match_length": self.match_length, "match_weight": self.match_weight}
         return super()._options() | own
+
+
+def _room(store: DatastoreReader, most: int) -> Tensor:
+    """(N,) uint8: how many entries of its document stand before each, `most` at most."""
+    starts = store.document_starts
+    ends = torch.cat([starts[1:], starts.new_tensor([len(store)])])
+    room_N = torch.full((len(store),), most, dtype=torch.uint8)
+    for place in range(most):
+        at = starts + place
+        room_N[at[at < ends]] = place
+    return room_N
 
 
 def _before(text: Text, rows_Q: Tensor, places_Q: Tensor, length: int) -> Tensor:

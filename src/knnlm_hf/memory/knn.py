@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from pathlib import Path
@@ -177,6 +178,9 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return copy.copy(self)
+
+    def __copy__(self) -> Self:
         """A second memory with settings of its own on the same store and index."""
         twin = type(self).__new__(type(self))
         twin.__dict__.update(self.__dict__)
