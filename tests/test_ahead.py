@@ -139,19 +139,20 @@ def test_a_thread_that_begins_during_a_step_has_its_threads_too(store):
     """Else each request would begin with one less than the one before it."""
     began, go_on, seen = threading.Event(), threading.Event(), []
 
-    class Slow(KNNMemory):
-        def log_probs(self, hidden):
-            began.set()
-            go_on.wait(10)
-            return super().log_probs(hidden)
+    def stop_in_between(*_):
+        began.set()
+        go_on.wait(10)
 
-    def step(memory):
+    def step(model):
         with torch.no_grad():
-            KNNLMForCausalLM(tiny.gpt2(), memory)(IDS)
+            KNNLMForCausalLM(model, KNNMemory(store))(IDS)
+
+    slow_model = tiny.gpt2()
+    slow_model.lm_head.register_forward_pre_hook(stop_in_between)
 
     def request():
         seen.append(torch.get_num_threads())
-        step(KNNMemory(store))
+        step(tiny.gpt2())
         seen.append(torch.get_num_threads())
 
     def in_a_thread(work, join=True):
@@ -167,7 +168,7 @@ def test_a_thread_that_begins_during_a_step_has_its_threads_too(store):
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        slow = in_a_thread(lambda: step(Slow(store)), join=False)
+        slow = in_a_thread(lambda: step(slow_model), join=False)
         began.wait(10)
         in_a_thread(request)
         go_on.set()
