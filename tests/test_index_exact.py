@@ -141,6 +141,12 @@ def test_rescore(metric, dtype, monkeypatch):
     assert rescore(queries[:0], ids[:0], Keys(keys), metric).shape == (0, 5)
 
 
+def test_finite_queries_whose_sum_is_not_are_taken():
+    index = ExactIndex(Keys(torch.tensor([[3e38, 0.0], [0.0, 3e38]])), "ip")
+    _, ids = index.search(torch.tensor([[3e38, 3e38], [3e38, 0.0]]), 1)
+    assert ids[1].tolist() == [0]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_queries_that_are_not_finite(bad):
     queries = torch.zeros(2, 3)

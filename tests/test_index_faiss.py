@@ -268,6 +268,21 @@ def test_not_a_number(tmp_path):
         index.search(torch.full((1, 4), torch.nan), 2)
 
 
+@pytest.mark.parametrize("spec", ["IVF8,PQ4x4,Refine(keys)", "IVF8,Flat", "exact"])
+def test_in_any_order_they_are_the_same_neighbours(tmp_path, spec):
+    keys = clustered(300, 8, dtype=torch.float32)
+    index = build(tmp_path, keys, spec)
+    queries = keys[::30] + 0.1
+    similarity, ids = index.search(queries, 40)
+    assert bool((similarity.diff(dim=1) <= 0).all())
+    unordered, same_ids = index.search(queries, 40, ordered=False)
+    nearest_first = unordered.sort(dim=1, descending=True)
+    assert torch.equal(nearest_first.values, similarity)
+    assert torch.equal(same_ids.sort(dim=1).values, ids.sort(dim=1).values)
+    is_sorted = torch.equal(unordered, similarity)
+    assert is_sorted == (not spec.endswith("Refine(keys)"))
+
+
 def test_a_faiss_index_of_ones_own():
     own = faiss.IndexFlatIP(3)
     own.add(np.eye(3, dtype=np.float32))

@@ -86,6 +86,15 @@ def test_search_gives_the_values_of_the_entries(store, queries):
     assert (near.similarity.diff(dim=1) <= 0).all()
 
 
+def test_a_search_of_ones_own_is_seen_by_the_distribution(store, queries):
+    class OnlyOne(KNNMemory):
+        def search(self, queries, k=None, *, exclude=None):
+            return super().search(queries, 1, exclude=exclude)
+
+    memory, nearest = OnlyOne(store, k=20), KNNMemory(store, k=1, temperature=1.0)
+    assert torch.equal(memory.log_probs(queries), nearest.log_probs(queries))
+
+
 def test_more_neighbours_than_entries_are_missing_hits(store, queries):
     near = KNNMemory(store, k=len(store) + 3).search(queries)
     assert (near.ids[:, -3:] == -1).all()

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
 from knnlm_hf.types import check_temperature
 
@@ -37,9 +38,8 @@ def knn_weights(similarity_QK: Tensor, temperature: float) -> Tensor:
     peak_Q1 = similarity_QK.amax(dim=-1, keepdim=True)
     # subtle: relative to the nearest before t divides. At s / t = 1e7 float32 has no digits left
     # for the log of a sum, and weights would exceed 1.
-    scaled_QK = (similarity_QK - peak_Q1) / check_temperature(temperature)
-    log_norm_Q1 = scaled_QK.exp().sum(dim=-1, keepdim=True).log()
-    return torch.where(peak_Q1 == -_INF, -_INF, scaled_QK - log_norm_Q1)
+    scaled_QK = (similarity_QK - peak_Q1).div_(check_temperature(temperature))
+    return log_softmax(scaled_QK, dim=-1).masked_fill(peak_Q1 == -_INF, -_INF)
 
 
 def knn_log_probs(
@@ -161,10 +161,12 @@ def mix_distributions(
 
 def has_hit(memory_V: Tensor) -> Tensor | None:
     """Which rows (..., 1) a memory says something of; None where it is known to be all of them."""
-    hit = memory_V.amax(dim=-1, keepdim=True) > -_INF
+    most = memory_V.amax(dim=-1, keepdim=True)
     # Shares that are numbers spare half of the small operations of a step; on a GPU, to look
     # would be to wait for it.
-    return None if hit.device.type == "cpu" and bool(hit.all()) else hit
+    if most.device.type == "cpu" and most.numel() and bool(most.detach().min() > -_INF):
+        return None
+    return most > -_INF
 
 
 def default_temperature(similarity_QK: Tensor) -> float:

@@ -189,22 +189,27 @@ def rescore(queries_QD: Tensor, ids_QK: Tensor, keys: KeyRows, metric: Metric) -
     """
     rows, hits = ids_QK.shape
     device = queries_QD.device
-    similarity_QK = torch.empty(rows, hits, device=device)
-    if similarity_QK.numel() == 0:
-        return similarity_QK
+    if ids_QK.numel() == 0:
+        return torch.empty(rows, hits, device=device)
     queries_Q1D = queries_QD.float()[:, None]
-    known_QK = ids_QK.clamp(min=0).cpu()
+    ids_QK = ids_QK.cpu()
+    has_missing = int(ids_QK.min()) < 0
+    known_QK = ids_QK.clamp(min=0) if has_missing else ids_QK
     chunk = max(1, _GATHER_BYTES // (4 * hits * keys.dim))
     # One buffer for all chunks: fresh memory would cost more than the arithmetic.
     buffer_QKD = torch.empty(min(chunk, rows), hits, keys.dim, device=device)
+    parts = []
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        keys_QKD = buffer_QKD[: len(known_QK[part])].copy_(keys[known_QK[part]])
+        keys_qKD = buffer_QKD[: min(chunk, rows - start)].copy_(keys[known_QK[part]])
         if metric == "l2":
-            keys_QKD.sub_(queries_Q1D[part]).square_()
+            keys_qKD.sub_(queries_Q1D[part]).square_()
         else:
-            keys_QKD.mul_(queries_Q1D[part])
-        torch.sum(keys_QKD, 2, out=similarity_QK[part])
+            keys_qKD.mul_(queries_Q1D[part])
+        parts.append(keys_qKD.sum(2))
+    similarity_QK = parts[0] if len(parts) == 1 else torch.cat(parts)
     if metric == "l2":
         similarity_QK.neg_()
-    return similarity_QK.masked_fill_(ids_QK < 0, -torch.inf)
+    if has_missing:
+        similarity_QK.masked_fill_((ids_QK < 0).to(device), -torch.inf)
+    return similarity_QK

@@ -104,6 +104,15 @@ class FaissIndex(SearchIndex):
         self._ivf.nprobe = int(lists)
 
     def _search(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        similarity_QK, ids_QK = self._search_unordered(queries_QD, k)
+        if self.keys is not None:
+            order_QK = _nearest_first(similarity_QK)
+            similarity_QK = similarity_QK.gather(1, order_QK)
+            ids_QK = ids_QK.gather(1, order_QK)
+        return similarity_QK, ids_QK
+
+    def _search_unordered(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """In FAISS's order: where the keys refine, that of its distances."""
         found = min(k, len(self))
         if found == 0:
             return missing(queries_QD.shape[0], k, queries_QD.device)
@@ -125,9 +134,6 @@ class FaissIndex(SearchIndex):
             similarity_QK = similarity_QK.masked_fill_(ids_QK < 0, -torch.inf)
         else:
             similarity_QK = rescore(queries_QD, ids_QK, self.keys, self.metric)
-            order_QK = _nearest_first(similarity_QK)
-            similarity_QK = similarity_QK.gather(1, order_QK)
-            ids_QK = ids_QK.to(order_QK.device).gather(1, order_QK)
         similarity_QK, ids_QK = similarity_QK.to(queries_QD.device), ids_QK.to(queries_QD.device)
         if found < k:
             similarity_QK = pad(similarity_QK, (0, k - found), value=-torch.inf)

@@ -134,19 +134,30 @@ class KNNMemory(KNNFiles, NeighbourMemory):
             `Neighbors` of (Q, k) tensors on the queries' device; missing hits −inf, −1, −1.
             Entries of removed documents are never among them.
         """
-        k = self.k if k is None else check_k(k, len(self.store))
+        return self._found(queries, self.k if k is None else check_k(k, len(self.store)), exclude)
+
+    def _near(self, hidden: Tensor) -> Neighbors:
+        if type(self).search is not KNNMemory.search:  # somebody's own, to be seen here too
+            return super()._near(hidden)
+        return self._found(hidden.reshape(-1, hidden.shape[-1]), self.k, ordered=False)
+
+    def _found(
+        self, queries: Tensor, k: int, exclude: Tensor | None = None, ordered: bool = True
+    ) -> Neighbors:
+        """`search`; of those that are not `ordered` none is left out, so `exclude` is None."""
         keys = f"the datastore has {self.hidden_size}-d keys of layer {self.layer!r}"
         self._check_queries(queries, keys)
         wanted = k if exclude is None else k + 1
-        removed = () if self.store.removed is None else (self.store.removed,)
-        similarity_QK, ids_QK = self.index.search(queries, wanted, *removed)
+        similarity_QK, ids_QK = self.index.search(
+            queries, wanted, self.store.removed, ordered=ordered
+        )
         if self.rescore and not self.index.scores_are_exact:
             similarity_QK = rescore(queries, ids_QK, self.store.keys, self.metric)
         if exclude is not None:
             is_self_QK = ids_QK == exclude.to(ids_QK.device)[:, None]
             similarity_QK = similarity_QK.masked_fill(is_self_QK, -torch.inf)
             ids_QK = ids_QK.masked_fill(is_self_QK, -1)
-        if exclude is not None or self.rescore:
+        if exclude is not None or (self.rescore and ordered):
             similarity_QK, order_QK = similarity_QK.sort(dim=1, descending=True, stable=True)
             similarity_QK, ids_QK = similarity_QK[:, :k], ids_QK.gather(1, order_QK[:, :k])
         return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
