@@ -58,7 +58,7 @@ def best_of(ratio_RN: Tensor, rest_LN: Sequence[Tensor], lmbdas: Sequence[float]
     """
     excess_RN = ratio_RN - 1
     gains = [
-        torch.add(rest_N, excess_RN, alpha=lmbda).log().mean(1, dtype=torch.float64)
+        torch.add(rest_N, excess_RN, alpha=lmbda).log_().mean(1, dtype=torch.float64)
         for rest_N, lmbda in zip(rest_LN, lmbdas, strict=True)
     ]
     return torch.stack(gains)
