@@ -98,12 +98,13 @@ class Rows:
     def _gather(self, ids_n: Tensor) -> Tensor:
         if ids_n.numel() == 0:
             return self._parts[0].new_empty((0, self.dim))
-        low, high = (int(bound) for bound in ids_n.aminmax())
-        if low < 0 or high >= self._count:
-            wrong = low if low < 0 else high
-            raise IndexError(f"row {wrong} is out of range: there are {self._count}")
         if len(self._parts) == 1:
-            return self._parts[0].index_select(0, ids_n)
+            try:
+                return self._parts[0].index_select(0, ids_n)  # which looks at the range itself
+            except IndexError:
+                self._check_range(ids_n)
+                raise
+        self._check_range(ids_n)
         # Part by part in numpy, which allocates large arrays with far fewer page faults than torch.
         part_n = ids_n // self._part_rows
         order_n = part_n.argsort()
@@ -117,3 +118,9 @@ class Rows:
                 found_nD[order_n[some].numpy()] = array.take(local_n[some], axis=0)
             first += count
         return torch.from_numpy(found_nD).view(self.dtype)
+
+    def _check_range(self, ids_n: Tensor) -> None:
+        low, high = (int(bound) for bound in ids_n.aminmax())
+        if low < 0 or high >= self._count:
+            wrong = low if low < 0 else high
+            raise IndexError(f"row {wrong} is out of range: there are {self._count}")

@@ -132,11 +132,12 @@ class SearchIndex(ABC):
             return missing(0, k, queries_QD.device)
         queries_QD = queries_QD.float().contiguous()
         check_finite(queries_QD)
-        with torch.autocast(queries_QD.device.type, enabled=False):
-            if removed is None:
-                search = self._search if ordered else self._search_unordered
-                return search(queries_QD, k)
+        if torch.is_autocast_enabled(queries_QD.device.type):
+            with torch.autocast(queries_QD.device.type, enabled=False):
+                return self.search(queries_QD, k, removed, ordered=ordered)
+        if removed is not None:
             return self._search_live(queries_QD, k, removed)
+        return self._search(queries_QD, k) if ordered else self._search_unordered(queries_QD, k)
 
     def _search_live(self, queries_QD: Tensor, k: int, removed: Removed) -> tuple[Tensor, Tensor]:
         """`search` among what is not removed, by any index: ask for more until k of them are live.

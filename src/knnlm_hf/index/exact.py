@@ -171,7 +171,6 @@ def order(similarity_QK: Tensor, ids_QK: Tensor) -> tuple[Tensor, Tensor]:
     return similarity_QK, ids_QK.gather(1, by_similarity_QK)
 
 
-@torch.no_grad()
 def rescore(queries_QD: Tensor, ids_QK: Tensor, keys: KeyRows, metric: Metric) -> Tensor:
     """True similarities of given entries, from the stored keys.
 
@@ -191,25 +190,28 @@ def rescore(queries_QD: Tensor, ids_QK: Tensor, keys: KeyRows, metric: Metric) -
     device = queries_QD.device
     if ids_QK.numel() == 0:
         return torch.empty(rows, hits, device=device)
-    queries_Q1D = queries_QD.float()[:, None]
+    queries_Q1D = queries_QD.detach().float()[:, None]
     ids_QK = ids_QK.cpu()
     has_missing = int(ids_QK.min()) < 0
     known_QK = ids_QK.clamp(min=0) if has_missing else ids_QK
     chunk = max(1, _GATHER_BYTES // (4 * hits * keys.dim))
     # One buffer for all chunks: fresh memory would cost more than the arithmetic.
     buffer_QKD = torch.empty(min(chunk, rows), hits, keys.dim, device=device)
-    parts = []
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        keys_qKD = buffer_QKD[: min(chunk, rows - start)].copy_(keys[known_QK[part]])
-        if metric == "l2":
-            keys_qKD.sub_(queries_Q1D[part]).square_()
-        else:
-            keys_qKD.mul_(queries_Q1D[part])
-        parts.append(keys_qKD.sum(2))
-    similarity_QK = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if metric == "l2":
-        similarity_QK.neg_()
+    if rows <= chunk:
+        similarity_QK = _compare(queries_Q1D, buffer_QKD.copy_(keys[known_QK]), metric)
+    else:
+        similarity_QK = torch.empty(rows, hits, device=device)
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            keys_qKD = buffer_QKD[: min(chunk, rows - start)].copy_(keys[known_QK[part]])
+            similarity_QK[part] = _compare(queries_Q1D[part], keys_qKD, metric)
     if has_missing:
         similarity_QK.masked_fill_((ids_QK < 0).to(device), -torch.inf)
     return similarity_QK
+
+
+def _compare(queries_Q1D: Tensor, keys_QKD: Tensor, metric: Metric) -> Tensor:
+    """(Q, K) similarities of each query to its own keys, which are overwritten."""
+    if metric == "l2":
+        return keys_QKD.sub_(queries_Q1D).square_().sum(2).neg_()
+    return keys_QKD.mul_(queries_Q1D).sum(2)

@@ -166,7 +166,7 @@ class CacheMemory(NeighbourMemory):
         k = self.k if k is None else check_k(k, min(self.size, MOST_K))
         if exclude is not None:
             raise KNNLMError("exclude: a CacheMemory has no entries of a datastore to leave out")
-        self._check_queries(queries, f"the memory has states of layer {self.layer!r}")
+        self._check_queries(queries)
         similarity_QK, ids_QK, tokens_QK = self._found(queries, k)
         more = (0, k - ids_QK.shape[1])
         return Neighbors(
@@ -177,7 +177,7 @@ class CacheMemory(NeighbourMemory):
 
     def _near(self, hidden: Tensor) -> Neighbors:
         queries_QD = hidden.reshape(-1, hidden.shape[-1])
-        self._check_queries(queries_QD, f"the memory has states of layer {self.layer!r}")
+        self._check_queries(queries_QD)
         return self._found(queries_QD, self.k)
 
     @torch.no_grad()

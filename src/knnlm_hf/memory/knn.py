@@ -145,8 +145,7 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         self, queries: Tensor, k: int, exclude: Tensor | None = None, ordered: bool = True
     ) -> Neighbors:
         """`search`; of those that are not `ordered` none is left out, so `exclude` is None."""
-        keys = f"the datastore has {self.hidden_size}-d keys of layer {self.layer!r}"
-        self._check_queries(queries, keys)
+        self._check_queries(queries)
         wanted = k if exclude is None else k + 1
         similarity_QK, ids_QK = self.index.search(
             queries, wanted, self.store.removed, ordered=ordered

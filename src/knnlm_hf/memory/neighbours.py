@@ -56,13 +56,15 @@ class NeighbourMemory(ABC):
     def log_probs(self, hidden: Tensor) -> Tensor:
         """log p_kNN of every token: (..., D) → (..., V) float32, −inf where no neighbour is."""
         near = self._near(hidden)
+        score_QK, tokens_QK = self.scored(near), near.tokens
         step = max(1, _MAX_DISTRIBUTION // self.vocab_size)
         parts = [
-            knn_log_probs(score_qK, tokens_qK, self.temperature, self.vocab_size)
-            for score_qK, tokens_qK in zip(
-                torch.split(self.scored(near), step), torch.split(near.tokens, step), strict=True
+            knn_log_probs(
+                score_QK[first : first + step], tokens_QK[first : first + step],
+                self.temperature, self.vocab_size,
             )
-        ]
+            for first in range(0, max(1, len(score_QK)), step)
+        ]  # fmt: skip
         log_probs_QV = parts[0] if len(parts) == 1 else torch.cat(parts)
         return log_probs_QV.reshape(*hidden.shape[:-1], self.vocab_size)
 
@@ -88,10 +90,10 @@ class NeighbourMemory(ABC):
     def _near(self, hidden: Tensor) -> Neighbors:
         return self.search(hidden.reshape(-1, hidden.shape[-1]))
 
-    def _check_queries(self, queries: Tensor, keys: str) -> None:
-        """Refuse queries of another shape than (Q, D); `keys` says whose width D is."""
+    def _check_queries(self, queries: Tensor) -> None:
+        """Refuse queries of another shape than (Q, D)."""
         if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
             raise KNNLMError(
-                f"queries have shape {tuple(queries.shape)}, expected (Q, {self.hidden_size}): "
-                f"{keys}"
+                f"queries have shape {tuple(queries.shape)}, expected "
+                f"(Q, {self.hidden_size}), states of the layer that the memory was made of"
             )
