@@ -163,8 +163,9 @@ def test_a_thread_that_begins_during_a_step_has_its_threads_too(store):
         return thread
 
     # All workers are there: one that begins would mend what new threads start with.
-    together = threading.Barrier(pool._max_workers)
-    list(pool.map(lambda _: together.wait(10), range(pool._max_workers)))
+    together = threading.Barrier(pool.size)
+    for task in [pool.submit(together.wait, 10) for _ in range(pool.size)]:
+        task.result()
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:

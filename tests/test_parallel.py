@@ -1,12 +1,16 @@
 """Blocks of work over threads: every row once, errors reach the caller, settings stay."""
 
+import gc
+import subprocess
+import sys
 import threading
+import weakref
 from contextvars import ContextVar
 
 import pytest
 import torch
 
-from knnlm_hf.parallel import over_blocks, two_at_a_time
+from knnlm_hf.parallel import over_blocks, pool, two_at_a_time
 
 
 @pytest.fixture
@@ -50,6 +54,42 @@ def test_one_thread_works_in_the_caller():
     over_blocks(lambda part: names.append(threading.current_thread().name), 9, 3)
     torch.set_num_threads(before)
     assert set(names) == {threading.current_thread().name}
+
+
+def test_a_task_gives_its_result_as_often_as_asked():
+    task = pool.submit(divmod, 7, 2)
+    assert [task.result(), task.result()] == [(3, 1), (3, 1)]
+
+
+def test_a_task_raises_what_its_work_raised_and_the_thread_goes_on():
+    for _ in range(2 * pool.size):
+        with pytest.raises(ZeroDivisionError):
+            pool.submit(divmod, 7, 0).result()
+    assert pool.submit(divmod, 7, 2).result() == (3, 1)
+
+
+def test_nothing_of_a_task_is_kept_once_it_is_done():
+    states = torch.zeros(3)
+    gone = weakref.ref(states)
+    for _ in range(pool.size):
+        assert pool.submit(torch.sum, states).result() == 0
+    del states
+    gc.collect()
+    assert gone() is None
+
+
+UNFINISHED = """
+import time
+from knnlm_hf.parallel import pool
+pool.submit(lambda: (time.sleep(0.3), print("finished")))
+"""
+
+
+def test_what_is_at_work_is_finished_before_the_interpreter_ends():
+    ended = subprocess.run(
+        [sys.executable, "-c", UNFINISHED], check=True, capture_output=True, text=True, timeout=120
+    )
+    assert (ended.stdout.strip(), ended.stderr) == ("finished", "")
 
 
 # --- two at a time ----------------------------------------------------------------------------

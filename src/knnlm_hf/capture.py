@@ -264,24 +264,27 @@ def _name(model: nn.Module) -> str:
     return type(model).__name__
 
 
-@contextmanager
-def listening(collectors: Iterable[Collector]) -> Iterator[None]:
+class Listening:
     """Let all `collectors` hear while the block is open, in this thread or context only."""
-    token = _active.set((*_active.get(), *collectors))
-    try:
-        yield
-    finally:
-        _active.reset(token)
+
+    def __init__(self, collectors: Iterable[Collector]) -> None:
+        self._collectors = collectors
+
+    def __enter__(self) -> None:
+        self._token = _active.set((*_active.get(), *self._collectors))
+
+    def __exit__(self, *_: object) -> None:
+        _active.reset(self._token)
 
 
 @contextmanager
 def capturing(point: CapturePoint, *, _stop: bool = False) -> Iterator[Collector]:
-    """Collect what passes at `point` (from `find`) while the block is open; see `listening`.
+    """Collect what passes at `point` (from `find`) while the block is open; see `Listening`.
 
     Blocks nest: each hears its own point.
     """
     collector = Collector(point, _stop)
-    with listening([collector]):
+    with Listening([collector]):
         yield collector
 
 

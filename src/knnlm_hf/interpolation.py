@@ -144,7 +144,7 @@ def _log_add(a: Tensor, b: Tensor) -> Tensor:
 
 def _log_rest(shares: Sequence[tuple[float, Tensor | None]]) -> float | Tensor:
     """log(1 − Σ λ_i) over the memories that have a hit: the model's own share."""
-    sure = math.fsum(lmbda for lmbda, hit in shares if hit is None)
+    sure = math.fsum([lmbda for lmbda, hit in shares if hit is None])
     unsure = [(lmbda, hit) for lmbda, hit in shares if hit is not None]
     if not unsure:
         return math.log1p(-sure)
@@ -161,11 +161,13 @@ def mix_distributions(
 
 def has_hit(memory_V: Tensor) -> Tensor | None:
     """Which rows (..., 1) a memory says something of; None where it is known to be all of them."""
-    most = memory_V.amax(dim=-1, keepdim=True)
+    most = memory_V.detach().amax(dim=-1, keepdim=True)
     # Shares that are numbers spare half of the small operations of a step; on a GPU, to look
     # would be to wait for it.
-    if most.device.type == "cpu" and most.numel() and bool(most.detach().min() > -_INF):
-        return None
+    if most.device.type == "cpu" and most.numel():
+        least = most if most.numel() == 1 else most.min()
+        if least.item() > -_INF:
+            return None
     return most > -_INF
 
 

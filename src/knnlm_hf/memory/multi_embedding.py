@@ -139,7 +139,9 @@ class MultiEmbeddingHead(Head):
     def _logits(self, hidden_QD: Tensor) -> Tensor:
         """(Q, R), float32 (float64 for float64 weights)."""
         exact = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        logits_QR = times_rows(hidden_QD, self.weight).to(exact) / self.temperature
+        logits_QR = times_rows(hidden_QD, self.weight).to(exact)
+        if self.temperature != 1.0:
+            logits_QR = logits_QR / self.temperature
         return logits_QR if self.bias is None else logits_QR + self.bias
 
     def _log_probs(self, hidden_QD: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ miss the core.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from knnlm_hf.capture import Collector
 from knnlm_hf.interpolation import has_hit
 from knnlm_hf.memory.text import reads
-from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
+from knnlm_hf.parallel import Task, pool, spare_a_core, spare_none, threads_here
 
 _MOST_TOKENS = 16
 """Beyond, model and search both fill all cores, and nothing is gained by having them share."""
@@ -43,10 +42,10 @@ class Ahead:
         few = isinstance(tokens, Tensor) and tokens.shape[:2].numel() <= _MOST_TOKENS
         on_cpu = few and tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         self._threads = threads_here()
-        self._early: list[Any] = []
+        self._early: set[int] = set()
         if on_cpu and not torch.is_grad_enabled():
-            self._early = [memory for memory in memories if self._can_be_early(memory)]
-        self._asked: dict[int, tuple[Tensor, Future[Answer]]] = {}
+            self._early = {id(memory) for memory in memories if self._can_be_early(memory)}
+        self._asked: dict[int, tuple[Tensor, Task[Answer]]] = {}
 
     def _can_be_early(self, memory: Any) -> bool:
         if isinstance(memory, nn.Module):  # its product is gained only on a second core
@@ -71,12 +70,11 @@ class Ahead:
             kept: gives the states of the positions that will have logits.
         """
         self._asked.pop(id(heard), None)
-        early = any(memory is one for one in self._early)
-        if early and heard.raw is not None and heard.raw.device.type == "cpu":
+        if id(memory) in self._early and heard.raw is not None and heard.raw.device.type == "cpu":
             states = kept()
             if states is not None:
-                future = pool.submit(_without_gradients, memory, states)
-                self._asked[id(heard)] = heard.raw, future
+                task = pool.submit(_without_gradients, memory, states)
+                self._asked[id(heard)] = heard.raw, task
 
     def is_asked(self, heard: Collector) -> bool:
         """Whether the answer for these states is on its way."""

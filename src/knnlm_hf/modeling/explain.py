@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from knnlm_hf.capture import Collector, listening
+from knnlm_hf.capture import Collector, Listening
 from knnlm_hf.errors import DatastoreError, KNNLMError
 from knnlm_hf.interpolation import knn_weights
 from knnlm_hf.memory.text import Reader, reads
@@ -173,7 +173,7 @@ def _passes(
 def _forward(knn: Any, ids_T: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The model's logits, (T, V), and the states of each memory, (T, D)."""
     heard = [Collector(point) for point in knn.capture_points]
-    with knn.disable_retrieval(), listening(heard):
+    with knn.disable_retrieval(), Listening(heard):
         logits = knn(input_ids=ids_T[None], use_cache=False, return_dict=True).logits
     states = []
     for one in heard:

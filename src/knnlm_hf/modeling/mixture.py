@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, pad
 
-from knnlm_hf.capture import CapturePoint, Collector, arm, listening
+from knnlm_hf.capture import CapturePoint, Collector, Listening, arm
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import mix
-from knnlm_hf.memory.text import Text, reads
+from knnlm_hf.memory.text import Text
 from knnlm_hf.modeling.ahead import Ahead, Answer, ask
 from knnlm_hf.modeling.positions import inputs_of, kept
 from knnlm_hf.modeling.reading import length_before, read
@@ -69,7 +69,7 @@ def mixed_forward(
         mixture's.
     """
     call = _prepare(knn, own, args, kwargs)
-    with call.ahead, listening(asked.heard for asked in call.asked):
+    with call.ahead, Listening(asked.heard for asked in call.asked):
         output = inner(**call.arguments)
     return _finish(knn, own, call, output)
 
@@ -90,6 +90,8 @@ class _Call(NamedTuple):
     as_tuple: bool
     asked: list[_Asked]
     ahead: Ahead
+    reading: list[_Asked]
+    """Those of `asked` that are shown the text before."""
     before: int | None
     """Tokens that its KV cache held before, where a memory reads the text."""
 
@@ -99,7 +101,7 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     if len(args) > len(own.names):
         raise TypeError(f"forward takes {len(own.names)} arguments at most, got {len(args)}")
     arguments = dict(zip(own.names, args, strict=False))
-    if twice := arguments.keys() & kwargs.keys():
+    if args and (twice := arguments.keys() & kwargs.keys()):
         raise TypeError(f"forward got several values for {', '.join(sorted(twice))}")
     arguments |= kwargs
     return_dict = arguments.pop("return_dict", None)
@@ -108,9 +110,9 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     arguments["return_dict"] = True
     labels = arguments.pop("labels", None)
     asked, ahead = _listen(knn, own, arguments)
-    reading = any(reads(one.term.memory) for one in asked)
+    reading = [one for one in asked if one.term.reads]
     before = length_before(arguments) if reading else None
-    return _Call(arguments, labels, not return_dict, asked, ahead, before)
+    return _Call(arguments, labels, not return_dict, asked, ahead, reading, before)
 
 
 def _listen(knn: Any, own: Retrieval, arguments: dict[str, Any]) -> tuple[list[_Asked], Ahead]:
@@ -139,12 +141,13 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
-        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
-        texts = _texts(call, asked, output)
+        if len(asked) > 1:
+            asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
+        texts = _texts(call, output) if call.reading else {}
         answers = [_answer(own, call, one, logits, texts) for one in asked]
         logits = mix_answers(logits, answers, [one.lmbda for one in asked])
     if call.labels is None and own.own_forward is None:
-        output.logits = logits  # nobody else has this object
+        output["logits"] = logits  # nobody else has this object
     else:
         changed: dict[str, Any] = {"logits": logits}
         if call.labels is not None:
@@ -153,11 +156,10 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     return output.to_tuple() if call.as_tuple else output
 
 
-def _texts(call: _Call, asked: Sequence[_Asked], output: Any) -> dict[CapturePoint, Text]:
+def _texts(call: _Call, output: Any) -> dict[CapturePoint, Text]:
     """What memories that read the text have before them, by the place where they listen."""
-    reading = {one.heard.point: one.heard for one in asked if reads(one.term.memory)}
     texts = {}
-    for point, heard in reading.items():
+    for point, heard in {one.heard.point: one.heard for one in call.reading}.items():
         states_BTD = _all_states(call.arguments, heard)
         if states_BTD is not None:
             texts[point] = read(point, states_BTD, call.arguments, output, call.before)
@@ -173,7 +175,7 @@ def _answer(
         return _fitted(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
     memory: Any = asked.term.memory
-    if reads(memory):
+    if asked.term.reads:
         text = texts[asked.heard.point]
         memory = memory.reading(text, *_kept_places(own, call.arguments, text))
     return memory_answer(states, memory, lm)

@@ -6,6 +6,7 @@ signature of its `forward`, which generate, Trainer and lm-eval read.
 
 from __future__ import annotations
 
+import inspect
 from functools import wraps
 from typing import Any
 
@@ -33,6 +34,8 @@ def _new_subclass(mixin: type[Any], base: type[PreTrainedModel]) -> type[Any]:
             return inner(*args, **kwargs)
         return mixed_forward(self, own, inner, args, kwargs)
 
+    # generate() asks for it at every step; to find it behind `wraps` takes longer than to mix
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     members = {
         "__module__": base.__module__,
         "__doc__": base.__doc__,

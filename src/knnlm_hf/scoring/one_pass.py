@@ -130,7 +130,7 @@ class _Scorer:
                 kwargs["logits_to_keep"] = kept_T.to(device)
         base = getattr(self.model, "disable_retrieval", nullcontext)
         heard = [capture.Collector(point) for point in self.points]
-        with base(), capture.listening(heard):
+        with base(), capture.Listening(heard):
             logits_BtV = self.model(**kwargs).logits
         is_kept_Bt = batch.is_new[:, kept_T]
         lm_N = -functional.cross_entropy(
