@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from knnlm_hf import (
 )
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory.text import Text
+from knnlm_hf.modeling import ahead
 from knnlm_hf.tuning import descent, fit
 
 ITEMS = tiny.corpus(seed=3)
@@ -218,6 +220,36 @@ def test_steps_with_a_cache_against_the_loop(model: Any, store: Any) -> None:
         output = knn(torch.tensor([[token]]), past_key_values=output.past_key_values)
         found.append(output.logits[0])
     np.testing.assert_allclose(torch.cat(found).detach().numpy(), truth, atol=2e-4)
+
+
+class Watched(HybridMemory):
+    """Records which thread searched."""
+
+    searched_by: ClassVar[list[str]] = []  # of all copies
+
+    def _found(self, *args: Any, **kwargs: Any) -> Any:
+        self.searched_by.append(threading.current_thread().name)
+        return super()._found(*args, **kwargs)
+
+
+def test_it_searches_once_while_the_model_goes_on(
+    model: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Watched(store, k=20, temperature=6.0, match_weight=1.5, index="exact")
+    knn = KNNLMForCausalLM(model, [memory, KNNMemory(store, k=4)], lmbda=[0.4, 0.1])
+    ids = torch.tensor([ITEMS[4][:7]])
+    Watched.searched_by.clear()
+    with torch.no_grad():
+        early = [knn(ids).logits, knn(ids, logits_to_keep=2).logits]
+        assert len(memory.searched_by) == 2
+        assert all(name.startswith("knnlm-hf") for name in memory.searched_by)
+        monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+        late = [knn(ids).logits, knn(ids, logits_to_keep=2).logits]
+    assert set(memory.searched_by[2:]) == {threading.current_thread().name}
+    torch.testing.assert_close(early, late)
+    memory.match_weight = 0.0
+    with torch.no_grad():
+        assert not torch.allclose(knn(ids).logits, early[0])  # the text was counted
 
 
 # --- scores and tuning ------------------------------------------------------------------------

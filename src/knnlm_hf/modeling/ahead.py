@@ -29,7 +29,8 @@ class Ahead:
 
     A context manager around the forward. It acts only where the answers are sure to be the same as
     when asked afterwards: memories that search and heads in evaluation, on the CPU, a few tokens,
-    no gradients, no autocast (which is a thread's own).
+    no gradients, no autocast (which is a thread's own). One that is shown the text first can only
+    search by then, which is what takes the time.
     """
 
     def __init__(self, memories: Iterable[Any], tokens: Any) -> None:
@@ -45,12 +46,12 @@ class Ahead:
         self._early: set[int] = set()
         if on_cpu and not torch.is_grad_enabled():
             self._early = {id(memory) for memory in memories if self._can_be_early(memory)}
-        self._asked: dict[int, tuple[Tensor, Task[Answer]]] = {}
+        self._asked: dict[int, tuple[Tensor, Task[Any]]] = {}
 
     def _can_be_early(self, memory: Any) -> bool:
         if isinstance(memory, nn.Module):  # its product is gained only on a second core
             return not memory.training and self._threads > 1
-        return hasattr(memory, "search") and not reads(memory)
+        return hasattr(memory, "finding" if reads(memory) else "search")
 
     def __enter__(self) -> Ahead:
         if self._early:
@@ -73,17 +74,17 @@ class Ahead:
         if id(memory) in self._early and heard.raw is not None and heard.raw.device.type == "cpu":
             states = kept()
             if states is not None:
-                task = pool.submit(_without_gradients, memory, states)
+                task = pool.submit(_begin, memory, states)
                 self._asked[id(heard)] = heard.raw, task
 
     def is_asked(self, heard: Collector) -> bool:
         """Whether the answer for these states is on its way."""
         return id(heard) in self._asked
 
-    def answer(self, heard: Collector) -> Answer | None:
-        """The answer to what was heard last, if it was asked for."""
-        raw, answer = self._asked.get(id(heard), (None, None))
-        return answer.result() if answer is not None and raw is heard.raw else None
+    def answer(self, heard: Collector) -> Any:
+        """The answer to what was heard last, or the memory that has searched; None if not asked."""
+        raw, task = self._asked.get(id(heard), (None, None))
+        return task.result() if task is not None and raw is heard.raw else None
 
 
 class Answer(NamedTuple):
@@ -101,4 +102,6 @@ def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answ
     return Answer(log_probs, has_hit(log_probs))
 
 
-_without_gradients = torch.no_grad()(ask)
+@torch.no_grad()
+def _begin(memory: Any, states: Tensor) -> Any:
+    return memory.finding(states) if reads(memory) else ask(memory, states)

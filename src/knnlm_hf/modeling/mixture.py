@@ -171,11 +171,12 @@ def _answer(
 ) -> Answer:
     """What the memory says at the positions of `lm`."""
     early = call.ahead.answer(asked.heard)
-    if early is not None and early.log_probs.shape[:-1] == lm.shape[:-1]:
+    if isinstance(early, Answer) and early.log_probs.shape[:-1] == lm.shape[:-1]:
         return _fitted(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
     memory: Any = asked.term.memory
     if asked.term.reads:
+        memory = memory if early is None else early
         text = texts[asked.heard.point]
         memory = memory.reading(text, *_kept_places(own, call.arguments, text))
     return memory_answer(states, memory, lm)
