@@ -126,13 +126,10 @@ class Pool:
 
     def _begin(self) -> None:
         with _lock:
-            if not self._threads:
-                self._threads = [
-                    Thread(target=self._serve, name=f"knnlm-hf_{number}", daemon=True)
-                    for number in range(self.size)
-                ]
-                for thread in self._threads:
-                    thread.start()
+            for number in range(len(self._threads), self.size):
+                thread = Thread(target=self._serve, name=f"knnlm-hf_{number}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
 
     def _serve(self) -> None:
         _use_cores(1)
