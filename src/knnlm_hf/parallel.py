@@ -107,7 +107,8 @@ class Pool:
     """Threads with one core each, begun when they are first needed.
 
     They are handed their work by one C call and wake the caller by another: `concurrent.futures`
-    takes a dozen Python calls for it, which a step of generation waits for (0.02 of its time).
+    takes a dozen Python calls for it, which a step of generation waits for, 0.01 to 0.02 of its
+    time.
     """
 
     def __init__(self, size: int) -> None:
