@@ -84,7 +84,7 @@ class CacheMemory(NeighbourMemory):
         self._vocab_size = check_count("vocab_size", vocab_size)
         if not isinstance(layer, str):
             raise SettingError(f"layer is {layer!r}, expected a name")
-        self.layer = layer
+        self._layer = layer
         self.size = check_count("size", size)
         self.metric: Metric = check_metric(metric)
         self.k = k
@@ -107,6 +107,11 @@ class CacheMemory(NeighbourMemory):
             f"size={self.size}, k={self.k}, temperature={self._temperature}, "
             f"metric={self.metric!r})"
         )
+
+    @property
+    def layer(self) -> str:
+        """The layer whose states are compared."""
+        return self._layer
 
     @property
     def hidden_size(self) -> int:

@@ -24,6 +24,11 @@ class NeighbourMemory(ABC):
 
     @property
     @abstractmethod
+    def layer(self) -> str:
+        """The representation that queries and keys are."""
+
+    @property
+    @abstractmethod
     def hidden_size(self) -> int:
         """D, the width of queries and keys."""
 
@@ -95,5 +100,5 @@ class NeighbourMemory(ABC):
         if queries.dim() != 2 or queries.shape[1] != self.hidden_size:
             raise KNNLMError(
                 f"queries have shape {tuple(queries.shape)}, expected "
-                f"(Q, {self.hidden_size}), states of the layer that the memory was made of"
+                f"(Q, {self.hidden_size}), states of layer {self.layer!r}"
             )
