@@ -47,8 +47,6 @@ class Term:
     """Where its states are captured."""
     sliced: bool
     """Whether the states there are already only those of the positions with logits."""
-    reads: bool
-    """Whether the memory is shown the text before it is asked."""
 
 
 def terms_of(
@@ -77,7 +75,7 @@ def terms_of(
                 f"layer {point.layer!r} has states only where there are logits, and a "
                 f"{type(one).__name__} needs those of the whole text: choose att or ffn"
             )
-        terms.append(Term(one, point, sliced, reads(one)))
+        terms.append(Term(one, point, sliced))
     bring((term.memory for term in terms), model)
     return tuple(terms)
 

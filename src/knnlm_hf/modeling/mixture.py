@@ -16,7 +16,7 @@ from torch.nn.functional import log_softmax, pad
 from knnlm_hf.capture import CapturePoint, Collector, Listening, arm
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import mix
-from knnlm_hf.memory.text import Text
+from knnlm_hf.memory.text import Text, reads
 from knnlm_hf.modeling.ahead import Ahead, Answer, ask
 from knnlm_hf.modeling.positions import inputs_of, kept
 from knnlm_hf.modeling.reading import length_before, read
@@ -101,7 +101,7 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     if len(args) > len(own.names):
         raise TypeError(f"forward takes {len(own.names)} arguments at most, got {len(args)}")
     arguments = dict(zip(own.names, args, strict=False))
-    if args and (twice := arguments.keys() & kwargs.keys()):
+    if twice := arguments.keys() & kwargs.keys():
         raise TypeError(f"forward got several values for {', '.join(sorted(twice))}")
     arguments |= kwargs
     return_dict = arguments.pop("return_dict", None)
@@ -110,7 +110,7 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     arguments["return_dict"] = True
     labels = arguments.pop("labels", None)
     asked, ahead = _listen(knn, own, arguments)
-    reading = [one for one in asked if one.term.reads]
+    reading = [one for one in asked if reads(one.term.memory)]
     before = length_before(arguments) if reading else None
     return _Call(arguments, labels, not return_dict, asked, ahead, reading, before)
 
@@ -141,9 +141,8 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
-        if len(asked) > 1:
-            asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
-        texts = _texts(call, output) if call.reading else {}
+        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
+        texts = _texts(call, output)
         answers = [_answer(own, call, one, logits, texts) for one in asked]
         logits = mix_answers(logits, answers, [one.lmbda for one in asked])
     if call.labels is None and own.own_forward is None:
@@ -175,7 +174,7 @@ def _answer(
         return _fitted(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
     memory: Any = asked.term.memory
-    if asked.term.reads:
+    if reads(memory):
         memory = memory if early is None else early
         text = texts[asked.heard.point]
         memory = memory.reading(text, *_kept_places(own, call.arguments, text))
