@@ -72,6 +72,19 @@ def test_a_tiny_weight_is_small_not_zero():
     assert got[0, 1].item() == pytest.approx(-300, abs=1e-3)
 
 
+@pytest.mark.parametrize("least", [-0.5, -690.0, -700.0, -740.0, -800.0, -1e5])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_one_query_is_as_one_of_two(least, dtype):
+    """Its way is another where float64 holds every weight; below e^-690 it is the same."""
+    similarity = torch.tensor([[0.0, -0.25, -0.25, least / 2, least]])
+    tokens = torch.tensor([[3, 0, 3, 1, 4]], dtype=dtype)
+    one = interpolation.knn_log_probs(similarity, tokens, 1.0, 6)
+    two = interpolation.knn_log_probs(similarity.repeat(2, 1), tokens.repeat(2, 1), 1.0, 6)
+    torch.testing.assert_close(one, two[:1], rtol=1e-6, atol=1e-6)
+    assert one[0, 4].item() == pytest.approx(least - math.log(1 + 2 * math.exp(-0.25)), abs=0.6)
+    assert (one[0, [2, 5]] == -INF).all()
+
+
 def test_equal_neighbours_share_evenly_however_large_their_similarity():
     # s / t = 3e7, where float32 numbers are 2 apart: log 360 = 5.9 has no digits there.
     weights = interpolation.knn_weights(torch.full((1, 360), 16.0), 5e-7)

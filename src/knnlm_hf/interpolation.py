@@ -22,6 +22,7 @@ from torch.nn.functional import log_softmax
 from knnlm_hf.types import check_temperature
 
 _INF = math.inf
+_LEAST_WEIGHT = 1e-300  # float64 has all its digits down to 2e-308
 
 
 def knn_weights(similarity_QK: Tensor, temperature: float) -> Tensor:
@@ -63,18 +64,27 @@ def knn_log_probs(
         >>> knn_log_probs(torch.zeros(1, 3), torch.tensor([[2, 0, 2]]), 1.0, 4).exp()
         tensor([[0.3333, 0.0000, 0.6667, 0.0000]])
     """
+    shape, device = (similarity_QK.shape[0], vocab_size), similarity_QK.device
+    result_QV = torch.full(shape, -_INF, device=device)
+    if shape[0] == 1 and device.type == "cpu":
+        # Generation asks for one query at a time, and then counts operations: the plain formula
+        # has half as many, and loses nothing where float64 holds every weight.
+        weights_QK = (similarity_QK.double() / check_temperature(temperature)).softmax(-1)
+        if weights_QK.min().item() > _LEAST_WEIGHT:  # which a missing hit is not
+            tokens_QK = tokens_QK.long()
+            total_QV = torch.zeros(shape, dtype=torch.float64)
+            total_QV.scatter_add_(1, tokens_QK, weights_QK)
+            return result_QV.scatter_(1, tokens_QK, total_QV.gather(1, tokens_QK).log_().float())
     log_weights_QK = knn_weights(similarity_QK, temperature)
     # A missing hit is given token 0 with weight exp(−inf) = 0, so that it can be scattered.
     is_missing_QK = log_weights_QK == -_INF
     tokens_QK = tokens_QK.long().masked_fill(is_missing_QK, 0)
-    shape = (similarity_QK.shape[0], vocab_size)
     # The log-sum-exp of each token's weights is taken relative to their maximum. Only what the
     # neighbours carry is computed: V is much larger than K.
-    result_QV = torch.full(shape, -_INF, device=similarity_QK.device)
     result_QV.scatter_reduce_(1, tokens_QK, log_weights_QK, "amax")
     peak_QK = result_QV.gather(1, tokens_QK)
     relative_QK = (log_weights_QK - peak_QK).masked_fill_(is_missing_QK, -_INF)
-    total_QV = torch.zeros(shape, device=similarity_QK.device)
+    total_QV = torch.zeros(shape, device=device)
     total_QV.scatter_add_(1, tokens_QK, relative_QK.exp_())
     # Neighbours of one token all write the same sum; −inf + log 0 is −inf.
     return result_QV.scatter_(1, tokens_QK, peak_QK + total_QV.gather(1, tokens_QK).log_())
