@@ -61,6 +61,12 @@ def test_a_task_gives_its_result_as_often_as_asked():
     assert [task.result(), task.result()] == [(3, 1), (3, 1)]
 
 
+def test_a_helper_thread_takes_no_gradients():
+    weight = torch.ones(2, requires_grad=True)
+    assert not pool.submit(torch.mul, weight, 2).result().requires_grad
+    assert (weight * 2).requires_grad
+
+
 def test_a_task_raises_what_its_work_raised_and_the_thread_goes_on():
     for _ in range(2 * pool.size):
         with pytest.raises(ZeroDivisionError):

@@ -104,7 +104,7 @@ class Task(Generic[R]):
 
 
 class Pool:
-    """Threads with one core each, begun when they are first needed.
+    """Threads with one core each and without gradients, begun when they are first needed.
 
     They are handed their work by one C call and wake the caller by another: `concurrent.futures`
     takes a dozen Python calls for it, which a step of generation waits for, 0.01 to 0.02 of its
@@ -134,6 +134,7 @@ class Pool:
 
     def _serve(self) -> None:
         _use_cores(1)
+        torch.set_grad_enabled(False)
         while (task := self._tasks.get()) is not None:
             task.run()
             del task  # what it holds is the caller's

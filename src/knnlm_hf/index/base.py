@@ -96,7 +96,6 @@ class SearchIndex(ABC):
         """The temperature that the index's own self-check suggests; None where there is none."""
         return None if self.info is None else self.info.temperature
 
-    @torch.no_grad()
     def search(
         self,
         queries_QD: Tensor,
@@ -122,6 +121,9 @@ class SearchIndex(ABC):
             SearchIndexError: the queries are not (Q, D).
             KNNLMError: the queries are not finite.
         """
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.search(queries_QD, k, removed, ordered=ordered)
         k = check_k(k)
         if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
             raise SearchIndexError(

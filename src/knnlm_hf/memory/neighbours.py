@@ -68,7 +68,7 @@ class NeighbourMemory(ABC):
                 score_QK[first : first + step], tokens_QK[first : first + step],
                 self.temperature, self.vocab_size,
             )
-            for first in range(0, max(1, len(score_QK)), step)
+            for first in range(0, max(1, score_QK.shape[0]), step)
         ]  # fmt: skip
         log_probs_QV = parts[0] if len(parts) == 1 else torch.cat(parts)
         return log_probs_QV.reshape(*hidden.shape[:-1], self.vocab_size)

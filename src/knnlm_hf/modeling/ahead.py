@@ -102,6 +102,5 @@ def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answ
     return Answer(log_probs, has_hit(log_probs))
 
 
-@torch.no_grad()
 def _begin(memory: Any, states: Tensor) -> Any:
     return memory.finding(states) if reads(memory) else ask(memory, states)
