@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import Keys
 
+from knnlm_hf.datastore.rows import Rows
 from knnlm_hf.errors import KNNLMError, SearchIndexError
 from knnlm_hf.index import FaissIndex, build_index, choose, selfcheck
 
@@ -79,6 +80,77 @@ def test_every_type_that_we_claim(tmp_path, metric, spec, recall, error):
     assert (similarity.diff(dim=1) <= 0).all()  # nearest first
     wrong = np.abs(similarity.numpy() - np.take_along_axis(truth, ids.numpy(), axis=1))
     assert np.median(wrong) <= error * truth.std()
+
+
+def refining(keys, spec, metric="l2", rows=None):
+    measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    index = faiss.index_factory(keys.shape[1], spec, measure)
+    index.train(keys.float().numpy())
+    index.add(keys.float().numpy())
+    return FaissIndex(index, metric, keys=rows or Keys(keys))
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("dim", [1, 7, 32, 61])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_query_is_compared_with_the_stored_keys_in_place(metric, dim, dtype):
+    """FAISS itself reads the keys where they lie; its numbers are those of the way for many."""
+    keys, query = clustered(300, dim, dtype=dtype), clustered(1, dim, seed=1, dtype=torch.float32)
+    index = refining(keys, "IVF8,SQ4", metric)
+    index.nprobe = 5
+    similarity, ids = index.search(query, 320)  # some are in no list that is visited
+    assert index._refined is not None
+    there = ids[0] >= 0
+    assert 0 < there.sum() < 300
+    assert there.diff().sum() == 1  # what is missing stands last
+    assert (similarity[0, ~there] == -torch.inf).all()
+    assert (similarity.diff(dim=1)[0, : there.sum() - 1] <= 0).all()
+    truth = similarities(query, keys, metric)[0]
+    np.testing.assert_allclose(similarity[0, there], truth[ids[0, there]], rtol=1e-5, atol=1e-4)
+    together, their_ids = index.search(query.repeat(2, 1), 320)
+    assert set(their_ids[1].tolist()) == set(ids[0].tolist())
+    torch.testing.assert_close(together[1], similarity[0], rtol=1e-5, atol=1e-4)
+
+
+def test_one_query_sees_what_the_keys_hold_now():
+    keys = clustered(100, 8)
+    index = refining(keys, "SQ4")
+    assert index.search(keys[5:6], 1)[0].item() == 0
+    keys[5] += 1
+    assert index.search(keys[5:6], 1)[0].item() == 0  # nothing was copied
+    assert index.search(keys[5:6] - 1, 1)[0].item() == pytest.approx(-8, abs=0.1)
+
+
+def test_keys_that_faiss_cannot_read_in_place():
+    keys = clustered(120, 8)
+    expected = refining(keys, "SQ8").search(keys[:1], 9)
+    halves = Rows([keys[:60], keys[60:]])
+    for rows in (halves, Keys(keys.double()), Keys(torch.cat([keys, keys], 1)[:, :8])):
+        index = refining(keys, "SQ8", rows=rows)
+        similarity, ids = index.search(keys[:1], 9)
+        assert index._refined is None
+        assert torch.equal(ids, expected[1])
+        torch.testing.assert_close(similarity, expected[0])
+
+
+@pytest.mark.parametrize("spec", ["IDMap,Flat", "IVF2,Flat"])
+def test_an_index_whose_numbers_lead_beyond_the_keys(spec):
+    """FAISS would read whatever memory they point to."""
+    keys = clustered(90, 4)
+    own = faiss.index_factory(4, spec)
+    own.train(keys.float().numpy())
+    own.add_with_ids(keys.float().numpy(), np.arange(90) * 10**12)
+    with pytest.raises(SearchIndexError, match=r"names entry \d+0{12}, it holds 90"):
+        FaissIndex(own, keys=Keys(keys)).search(keys[:1], 90)
+
+
+def test_an_index_that_was_added_to():
+    keys = clustered(90, 4)
+    index = refining(keys, "Flat")
+    index.search(keys[:1], 2)
+    index.index.add(keys[:1].float().numpy())
+    with pytest.raises(IndexError):  # of the keys, in place of reading behind them
+        index.search(keys[:1], 91)
 
 
 def test_a_moved_origin_is_refused_for_inner_products(tmp_path):

@@ -7,8 +7,7 @@ similarity = FAISS's inner product         for ip: a similarity already, so not 
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Iterator
+from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from torch.nn.functional import pad
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
+from knnlm_hf.index.faiss_library import load_faiss, parts_of
+from knnlm_hf.index.faiss_refine import refined
 from knnlm_hf.parallel import over_blocks
 from knnlm_hf.types import KeyRows, Metric
 
@@ -29,22 +30,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual
 _SORTED_ROWS = 64
-
-
-def load_faiss() -> Any:
-    """Import faiss, or say how to get it.
-
-    Raises:
-        SearchIndexError: faiss is not installed.
-    """
-    try:
-        import faiss
-    except ImportError as error:
-        raise SearchIndexError(
-            'this index needs faiss, which is not installed: pip install "knnlm-hf[cpu]" (or '
-            '"knnlm-hf[gpu]"), or search exactly with index="exact"'
-        ) from error
-    return faiss
 
 
 class FaissIndex(SearchIndex):
@@ -113,32 +98,46 @@ class FaissIndex(SearchIndex):
 
     def _search_unordered(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """In FAISS's order: where the keys refine, that of its distances."""
-        found = min(k, len(self))
+        rows, entries = queries_QD.shape[0], len(self)
+        found = min(k, entries)
         if found == 0:
-            return missing(queries_QD.shape[0], k, queries_QD.device)
+            return missing(rows, k, queries_QD.device)
         # FAISS has its own OpenMP: the setting is per thread, so it is made at every search.
         # One query is not worth waking threads, which then spin while the model wants the cores.
-        self._set_threads(min(torch.get_num_threads(), queries_QD.shape[0]))
+        self._set_threads(min(torch.get_num_threads(), rows))
         if self._hnsw is not None and self._hnsw.efSearch < found:
             self._hnsw.efSearch = found  # subtle: FAISS stops early at efSearch, whatever k is
-        distance_QK, ids_QK = map(
-            torch.from_numpy, self.index.search(queries_QD.cpu().numpy(), found)
-        )
-        if int(ids_QK.max()) >= len(self):
-            raise SearchIndexError(
-                f"the FAISS index names entry {int(ids_QK.max())}, it holds {len(self)}: it is "
-                "damaged, or its ids are not the entries' numbers: build it anew"
-            )
-        if self.keys is None:
-            similarity_QK = distance_QK if self.metric == "ip" else distance_QK.neg_().clamp_(max=0)
-            similarity_QK = similarity_QK.masked_fill_(ids_QK < 0, -torch.inf)
+        refined = self._refined if rows == 1 else None
+        if refined is not None and refined.ntotal == entries:
+            similarity_QK, ids_QK = self._search_in(refined, queries_QD, found)
         else:
-            similarity_QK = rescore(queries_QD, ids_QK, self.keys, self.metric)
+            similarity_QK, ids_QK = self._search_in(self.index, queries_QD, found)
+            if int(ids_QK.max()) >= entries:
+                raise SearchIndexError(
+                    f"the FAISS index names entry {int(ids_QK.max())}, it holds {entries}: it is "
+                    "damaged, or its ids are not the entries' numbers: build it anew"
+                )
+            if self.keys is not None:
+                similarity_QK = rescore(queries_QD, ids_QK, self.keys, self.metric)
         similarity_QK, ids_QK = similarity_QK.to(queries_QD.device), ids_QK.to(queries_QD.device)
         if found < k:
             similarity_QK = pad(similarity_QK, (0, k - found), value=-torch.inf)
             ids_QK = pad(ids_QK, (0, k - found), value=-1)
         return similarity_QK, ids_QK
+
+    def _search_in(self, index: Any, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        similarity_QK, ids_QK = index.search(queries_QD.cpu().numpy(), k)
+        if self.metric == "l2":
+            np.negative(similarity_QK, out=similarity_QK)
+            np.minimum(similarity_QK, 0, out=similarity_QK)
+        similarity_QK[ids_QK < 0] = -np.inf
+        return torch.from_numpy(similarity_QK), torch.from_numpy(ids_QK)
+
+    @cached_property
+    def _refined(self) -> Any | None:
+        if self.keys is None or self._is_on_gpu:
+            return None
+        return refined(self.index, self.keys)
 
     def _search_live(self, queries_QD: Tensor, k: int, removed: Removed) -> tuple[Tensor, Tensor]:
         """As any index, but with more lists where those visited hold too few live entries."""
@@ -185,23 +184,3 @@ def _nearest_first(similarity_QK: Tensor) -> Tensor:
 
     over_blocks(work, len(order_QK), _SORTED_ROWS)
     return torch.from_numpy(order_QK)
-
-
-def parts_of(index: Any) -> Iterator[Any]:
-    """The index and those below its transforms and refinement, outermost first."""
-    index = load_faiss().downcast_index(index)
-    yield index
-    for below in ("index", "base_index"):
-        if hasattr(index, below):
-            yield from parts_of(getattr(index, below))
-
-
-def version() -> str:
-    """Version of the installed faiss."""
-    return str(load_faiss().__version__)
-
-
-def reason(error: BaseException) -> str:
-    """What FAISS complains of, in one line, without its source locations."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"^Error in .*? at \S+?:\d+: (Error: )?", "", text)[:200]

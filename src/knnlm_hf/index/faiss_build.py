@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from knnlm_hf.errors import SearchIndexError
-from knnlm_hf.index.faiss import load_faiss, parts_of, reason
+from knnlm_hf.index.faiss_library import load_faiss, parts_of, reason
 from knnlm_hf.progress import track
 from knnlm_hf.types import KeyRows, Metric
 

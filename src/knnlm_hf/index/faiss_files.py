@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from knnlm_hf.errors import SearchIndexError
-from knnlm_hf.index.faiss import load_faiss, reason
+from knnlm_hf.index.faiss_library import load_faiss, reason
 
 _LEAST_LIMIT = 1 << 20
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from knnlm_hf.errors import SearchIndexError
-from knnlm_hf.index import faiss, faiss_build, faiss_files, records
+from knnlm_hf.index import faiss, faiss_build, faiss_files, faiss_library, records
 from knnlm_hf.index.auto import choose
 from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex
@@ -75,7 +75,7 @@ def build_index(
         faiss_build.fill(filled, keys, factory, seed=seed, nprobe=nprobe, progress=progress)
         refines = faiss_build.split_spec(factory)[1]
         index = wrapped = faiss.FaissIndex(filled, metric, keys=keys if refines else None)
-        facts |= {"nprobe": wrapped.nprobe, "faiss_version": faiss.version()}
+        facts |= {"nprobe": wrapped.nprobe, "faiss_version": faiss_library.version()}
     facts["self_check"] = self_check(index, keys, values, seed=seed, removed=removed)
     home = records.home_of(folder, metric, factory)
     info = records.write(home, filled, facts)

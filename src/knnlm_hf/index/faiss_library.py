@@ -1,0 +1,45 @@
+"""FAISS itself: imported when it is first needed, taken apart, and its complaints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from knnlm_hf.errors import SearchIndexError
+
+
+def load_faiss() -> Any:
+    """Import faiss, or say how to get it.
+
+    Raises:
+        SearchIndexError: faiss is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise SearchIndexError(
+            'this index needs faiss, which is not installed: pip install "knnlm-hf[cpu]" (or '
+            '"knnlm-hf[gpu]"), or search exactly with index="exact"'
+        ) from error
+    return faiss
+
+
+def parts_of(index: Any) -> Iterator[Any]:
+    """The index and those below its transforms and refinement, outermost first."""
+    index = load_faiss().downcast_index(index)
+    yield index
+    for below in ("index", "base_index"):
+        if hasattr(index, below):
+            yield from parts_of(getattr(index, below))
+
+
+def version() -> str:
+    """Version of the installed faiss."""
+    return str(load_faiss().__version__)
+
+
+def reason(error: BaseException) -> str:
+    """What FAISS complains of, in one line, without its source locations."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"^Error in .*? at \S+?:\d+: (Error: )?", "", text)[:200]
