@@ -14,12 +14,13 @@ def test_hand_worked_product():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("queries", [0, 1, 2, 8, 9, 20])
-def test_against_float64(queries, dtype):
+@pytest.mark.parametrize("number", [1, 15, 16, 31, 37, 48])
+def test_against_float64(queries, number, dtype):
     generator = torch.Generator().manual_seed(queries)
     hidden = torch.randn(queries, 13, generator=generator).to(dtype)
-    rows = torch.randn(37, 13, generator=generator).to(dtype)
+    rows = torch.randn(number, 13, generator=generator).to(dtype)
     found = times_rows(hidden, rows)
-    assert (found.shape, found.dtype) == ((queries, 37), dtype)
+    assert (found.shape, found.dtype) == ((queries, number), dtype)
     expected = hidden.double() @ rows.double().T
     tolerance = {"rtol": 20 * torch.finfo(dtype).eps, "atol": 20 * torch.finfo(dtype).eps}
     torch.testing.assert_close(found.double(), expected, **tolerance)
@@ -27,13 +28,20 @@ def test_against_float64(queries, dtype):
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_gradients(queries):
-    """Of few states too, in float32: the state that is taken twice counts once."""
+    """Of few states too, in float32; 37 rows are 16 blocks and a rest."""
     hidden = torch.randn(queries, 5, requires_grad=True)
-    rows = torch.randn(7, 5, requires_grad=True)
-    slope = torch.randn(queries, 7)
+    rows = torch.randn(37, 5, requires_grad=True)
+    slope = torch.randn(queries, 37)
     times_rows(hidden, rows).backward(slope)
     torch.testing.assert_close(hidden.grad, slope @ rows.detach())
     torch.testing.assert_close(rows.grad, slope.T @ hidden.detach())
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_rows_that_do_not_lie_one_behind_the_other(queries):
+    hidden, wide = torch.randn(queries, 5), torch.randn(5, 80)
+    for rows in (wide.T, wide.T[::2], wide.reshape(80, 5)[::2]):
+        torch.testing.assert_close(times_rows(hidden, rows), hidden @ rows.T)
 
 
 @pytest.mark.parametrize("settings", [{"n": 1}, {"n": 3}, {"rows_per_token": [1, 0, 3, 2] * 5}])
