@@ -62,16 +62,14 @@ class NeighbourMemory(ABC):
         """log p_kNN of every token: (..., D) → (..., V) float32, −inf where no neighbour is."""
         near = self._near(hidden)
         score_QK, tokens_QK = self.scored(near), near.tokens
+        settings = self.temperature, self.vocab_size
         step = max(1, _MAX_DISTRIBUTION // self.vocab_size)
-        parts = [
-            knn_log_probs(
-                score_QK[first : first + step], tokens_QK[first : first + step],
-                self.temperature, self.vocab_size,
-            )
-            for first in range(0, max(1, score_QK.shape[0]), step)
-        ]  # fmt: skip
-        log_probs_QV = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return log_probs_QV.reshape(*hidden.shape[:-1], self.vocab_size)
+        if score_QK.shape[0] <= step:
+            log_probs_QV = knn_log_probs(score_QK, tokens_QK, *settings)
+        else:
+            some = zip(score_QK.split(step), tokens_QK.split(step), strict=True)
+            log_probs_QV = torch.cat([knn_log_probs(*part, *settings) for part in some])
+        return log_probs_QV.view(*hidden.shape[:-1], self.vocab_size)
 
     def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """log p_kNN of one token per state, without a (..., V) tensor: (..., D), (...) → (...).
