@@ -95,6 +95,14 @@ def test_a_search_of_ones_own_is_seen_by_the_distribution(store, queries):
     assert torch.equal(memory.log_probs(queries), nearest.log_probs(queries))
 
 
+def test_a_large_distribution_is_made_in_parts(store, queries, monkeypatch):
+    memory = KNNMemory(store, k=7)
+    whole = memory.log_probs(queries)
+    monkeypatch.setattr("knnlm_hf.memory.neighbours._MAX_DISTRIBUTION", 3 * memory.vocab_size)
+    torch.testing.assert_close(memory.log_probs(queries), whole)
+    assert memory.log_probs(queries[:0]).shape == (0, memory.vocab_size)
+
+
 def test_more_neighbours_than_entries_are_missing_hits(store, queries):
     near = KNNMemory(store, k=len(store) + 3).search(queries)
     assert (near.ids[:, -3:] == -1).all()

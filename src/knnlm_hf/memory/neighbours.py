@@ -67,7 +67,7 @@ class NeighbourMemory(ABC):
         if score_QK.shape[0] <= step:
             log_probs_QV = knn_log_probs(score_QK, tokens_QK, *settings)
         else:
-            some = zip(score_QK.split(step), tokens_QK.split(step), strict=True)
+            some = zip(torch.split(score_QK, step), torch.split(tokens_QK, step), strict=True)
             log_probs_QV = torch.cat([knn_log_probs(*part, *settings) for part in some])
         return log_probs_QV.view(*hidden.shape[:-1], self.vocab_size)
 
