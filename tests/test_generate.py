@@ -21,6 +21,7 @@ from transformers import (
     TextStreamer,
 )
 
+from knnlm_hf.capture import capturing
 from knnlm_hf.memory import CacheMemory
 from knnlm_hf.modeling import KNNLMForCausalLM
 
@@ -365,6 +366,20 @@ def test_compiled_equals_eager(off_first: bool, kind: str) -> None:
     made = compiled.generate(IDS, attention_mask=mask(IDS), **FIXED)
     assert torch.equal(made, greedy(knn, IDS))
     assert not knn.memories[-1].traced
+
+
+@torch.no_grad()
+def test_the_model_alone_still_compiles_whole() -> None:
+    torch.compiler.reset()
+    model, knn = make("gpt2")
+    expected = model(IDS).logits
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):  # before the wrapper is used, and after
+        torch.testing.assert_close(compiled(IDS).logits, expected)
+        assert not torch.allclose(knn(IDS).logits, expected.log_softmax(-1))
+    with capturing(knn.capture_point) as collector:
+        torch.compile(model, backend="eager")(IDS)
+    assert collector.raw is not None
 
 
 @torch.no_grad()

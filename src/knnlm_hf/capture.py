@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -89,6 +90,19 @@ class Collector:
 
 _active: ContextVar[tuple[Collector, ...]] = ContextVar("knnlm_hf_collectors", default=())
 
+# subtle: torch.compile cannot look into a ContextVar, but can into this. While no thread listens,
+# a hooked model compiles whole.
+_anyone_listens = False
+_blocks = 0
+_lock = Lock()
+
+
+def _count(change: int) -> None:
+    global _anyone_listens, _blocks
+    with _lock:
+        _blocks += change
+        _anyone_listens = _blocks > 0
+
 
 class _Stop(Exception):  # noqa: N818 - it is a signal, not an error
     """The layer was reached: compute nothing more."""
@@ -119,7 +133,7 @@ class _Hook:
             raise _Stop
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if _active.get():
+        if _anyone_listens and _active.get():
             self.hear((*args, *kwargs.values()) if self.side == "input" else output)
 
 
@@ -272,8 +286,10 @@ class Listening:
 
     def __enter__(self) -> None:
         self._token = _active.set((*_active.get(), *self._collectors))
+        _count(+1)
 
     def __exit__(self, *_: object) -> None:
+        _count(-1)
         _active.reset(self._token)
 
 
