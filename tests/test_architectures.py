@@ -20,7 +20,7 @@ from knnlm_hf.capture import capturing, find, states
 from knnlm_hf.errors import CaptureError
 from knnlm_hf.forwards import can_share
 from knnlm_hf.memory import CacheMemory
-from knnlm_hf.modeling import KNNLMForCausalLM
+from knnlm_hf.modeling import KNNLMForCausalLM, output_layer
 from knnlm_hf.parallel import two_at_a_time
 
 LMBDA = 0.6
@@ -54,6 +54,12 @@ class Case:
     @property
     def best_layer(self) -> str:
         return "ffn" if self.model_type in NO_FEED_FORWARD else "att"
+
+
+@pytest.fixture(autouse=True)
+def quick_output_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These models are small, whose output layers would be left as they are."""
+    monkeypatch.setattr(output_layer, "_LARGE", 0)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

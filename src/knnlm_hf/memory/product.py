@@ -22,8 +22,7 @@ _BLOCKS = 16
 def times_rows(hidden_QD: Tensor, rows_RD: Tensor) -> Tensor:
     """hidden · rowsᵀ, (Q, R), in the dtype of both."""
     states, rows = hidden_QD.shape[0], rows_RD.shape[0]
-    few = 1 <= states <= _FEW and rows >= _BLOCKS
-    if not few or rows_RD.device.type != "cpu" or rows_RD.dtype != torch.float32:
+    if not is_quick(states, rows_RD):
         return hidden_QD @ rows_RD.T
     if states > 1:
         return (rows_RD @ hidden_QD.T).T
@@ -33,3 +32,10 @@ def times_rows(hidden_QD: Tensor, rows_RD: Tensor) -> Tensor:
     if rest == 0:
         return product_QR
     return torch.cat([product_QR, hidden_QD @ rows_RD[rows - rest :].T], dim=1)
+
+
+def is_quick(states: int, rows_RD: Tensor) -> bool:
+    """Whether so many states are multiplied another way than the usual one."""
+    is_number = isinstance(states, int)  # torch.jit.trace counts in tensors
+    few = is_number and 1 <= states <= _FEW and rows_RD.shape[0] >= _BLOCKS
+    return few and rows_RD.device.type == "cpu" and rows_RD.dtype == torch.float32

@@ -2,9 +2,7 @@
 
 `att` is captured before the last feed-forward sublayer and the output layer, which for one token
 take about as long as a search, or as a head's product. One core is left to that, which then costs
-little: measured at batch 1 on two cores with 2.7 million entries, generation went from 0.71 to 0.87
-of the speed of the model alone. A model's step for one token is bound by memory, so it does not
-miss the core.
+little: a model's step for one token is bound by memory, so it does not miss the core.
 """
 
 from __future__ import annotations
@@ -24,13 +22,22 @@ _MOST_TOKENS = 16
 """Beyond, model and search both fill all cores, and nothing is gained by having them share."""
 
 
+def is_step(tokens: Any) -> bool:
+    """Whether a forward on `tokens` is one of generation on the CPU: a few tokens, no gradients.
+
+    Not under autocast, which is a thread's own and has dtypes of its own.
+    """
+    few = isinstance(tokens, Tensor) and tokens.shape[:2].numel() <= _MOST_TOKENS
+    on_cpu = few and tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return on_cpu and not torch.is_grad_enabled()
+
+
 class Ahead:
     """The memories' answers to one forward, each asked for as soon as its states pass by.
 
     A context manager around the forward. It acts only where the answers are sure to be the same as
-    when asked afterwards: memories that search and heads in evaluation, on the CPU, a few tokens,
-    no gradients, no autocast (which is a thread's own). One that is shown the text first can only
-    search by then, which is what takes the time.
+    when asked afterwards: memories that search and heads in evaluation, in a step of generation on
+    the CPU. One that is shown the text first can only search by then, which is what takes the time.
     """
 
     def __init__(self, memories: Iterable[Any], tokens: Any) -> None:
@@ -40,11 +47,9 @@ class Ahead:
             memories: any memories.
             tokens: the forward's input, (B, T) ids or (B, T, D) embeddings.
         """
-        few = isinstance(tokens, Tensor) and tokens.shape[:2].numel() <= _MOST_TOKENS
-        on_cpu = few and tokens.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         self._threads = threads_here()
         self._early: set[int] = set()
-        if on_cpu and not torch.is_grad_enabled():
+        if is_step(tokens):
             self._early = {id(memory) for memory in memories if self._can_be_early(memory)}
         self._asked: dict[int, tuple[Tensor, Task[Any]]] = {}
 

@@ -10,14 +10,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
 from knnlm_hf.capture import CapturePoint, Collector, Listening, arm
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import mix
 from knnlm_hf.memory.text import Text, reads
-from knnlm_hf.modeling.ahead import Ahead, Answer, ask
+from knnlm_hf.modeling.ahead import Ahead, Answer, ask, is_step
+from knnlm_hf.modeling.output_layer import InStep
 from knnlm_hf.modeling.positions import inputs_of, kept
 from knnlm_hf.modeling.reading import length_before, read
 
@@ -36,6 +37,10 @@ class Retrieval:
     """Its memories."""
     lmbdas: tuple[float, ...]
     """λ of each."""
+    output_path: str
+    """Dotted path of the output layer."""
+    output_layer: nn.Module
+    """The model's; the wrapper may have it as another class, see `output_layer`."""
     names: tuple[str, ...]
     """The arguments of the model's forward."""
     own_forward: Callable[..., Any] | None
@@ -69,7 +74,7 @@ def mixed_forward(
         mixture's.
     """
     call = _prepare(knn, own, args, kwargs)
-    with call.ahead, Listening(asked.heard for asked in call.asked):
+    with call.ahead, InStep(call.output_layer), Listening(asked.heard for asked in call.asked):
         output = inner(**call.arguments)
     return _finish(knn, own, call, output)
 
@@ -90,6 +95,8 @@ class _Call(NamedTuple):
     as_tuple: bool
     asked: list[_Asked]
     ahead: Ahead
+    output_layer: nn.Module | None
+    """The one that may be quick, in a step of generation."""
     reading: list[_Asked]
     """Those of `asked` that are shown the text before."""
     before: int | None
@@ -110,9 +117,11 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     arguments["return_dict"] = True
     labels = arguments.pop("labels", None)
     asked, ahead = _listen(knn, own, arguments)
+    in_step = bool(asked) and is_step(inputs_of(arguments))
+    output_layer = knn._modules.get(own.output_path) if in_step else None
     reading = [one for one in asked if reads(one.term.memory)]
     before = length_before(arguments) if reading else None
-    return _Call(arguments, labels, not return_dict, asked, ahead, reading, before)
+    return _Call(arguments, labels, not return_dict, asked, ahead, output_layer, reading, before)
 
 
 def _listen(knn: Any, own: Retrieval, arguments: dict[str, Any]) -> tuple[list[_Asked], Ahead]:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from knnlm_hf.capture import CapturePoint
+from knnlm_hf.capture import CapturePoint, locate
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.memory.text import reads
 from knnlm_hf.modeling.clone import forward_slot, rebind, shallow_clone, take_own_forward
@@ -36,6 +36,7 @@ from knnlm_hf.modeling.explain import Explanation, explain
 from knnlm_hf.modeling.fit import base_of, terms_of, weights_now
 from knnlm_hf.modeling.heads import follow, heads
 from knnlm_hf.modeling.mixture import Retrieval
+from knnlm_hf.modeling.output_layer import StepLinear, for_steps
 from knnlm_hf.modeling.saving import Saving
 from knnlm_hf.modeling.subclass import mixin_of, subclass
 from knnlm_hf.types import check_lmbdas, one_or_all
@@ -100,9 +101,15 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         terms = terms_of(base, memory, layer, allow_mismatch)
         lmbdas = check_lmbdas(lmbda, len(terms))
         knn: KNNLMForCausalLM = shallow_clone(base, subclass(mixin_of(cls), type(base)))
+        output_path = locate(base, "final").path
+        output_layer = base.get_submodule(output_path)
+        if output_path in knn._modules:  # not deeper: those modules are the model's too
+            knn._modules[output_path] = for_steps(output_layer)
         knn.__dict__["_knnlm"] = Retrieval(
             terms,
             lmbdas,
+            output_path,
+            output_layer,
             tuple(inspect.signature(type(base).forward).parameters)[1:],
             take_own_forward(knn),
             getattr(base, "loss_type", None),
@@ -201,6 +208,8 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
         model = shallow_clone(self, base)
         del model.__dict__["_knnlm"]
         model.__dict__["loss_type"] = self._own.loss_type
+        if isinstance(model._modules.get(self._own.output_path), StepLinear):
+            model._modules[self._own.output_path] = self._own.output_layer
         if self._own.own_forward is not None:
             model.__dict__[forward_slot(model)] = rebind(self._own.own_forward, self, model)
         return model
