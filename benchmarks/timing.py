@@ -55,9 +55,12 @@ def machine() -> dict[str, Any]:
 
 
 def _cpu() -> str:
+    """Its name, and the family and model by which those of one name differ."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = {line.split(":")[1].strip() for line in lines if line.startswith("model name")}
-        return ", ".join(names)
+            fields = dict(line.split(":", 1) for line in lines if ":" in line)
     except OSError:
         return platform.processor()
+    named = {key.strip(): value.strip() for key, value in fields.items()}
+    name = named.get("model name", platform.processor())
+    return f"{name}, family {named.get('cpu family', '?')}, model {named.get('model', '?')}"
