@@ -40,17 +40,10 @@ class Ahead:
     the CPU. One that is shown the text first can only search by then, which is what takes the time.
     """
 
-    def __init__(self, memories: Iterable[Any], tokens: Any) -> None:
-        """Prepare to ask `memories`.
-
-        Args:
-            memories: any memories.
-            tokens: the forward's input, (B, T) ids or (B, T, D) embeddings.
-        """
+    def __init__(self, memories: Iterable[Any]) -> None:
+        """Prepare to ask `memories`, any memories; there are none to ask where it `is_step` not."""
         self._threads = threads_here()
-        self._early: set[int] = set()
-        if is_step(tokens):
-            self._early = {id(memory) for memory in memories if self._can_be_early(memory)}
+        self._early = {id(memory) for memory in memories if self._can_be_early(memory)}
         self._asked: dict[int, tuple[Tensor, Task[Any]]] = {}
 
     def _can_be_early(self, memory: Any) -> bool:

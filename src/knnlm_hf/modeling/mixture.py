@@ -116,18 +116,20 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
         return_dict = getattr(knn.config, "return_dict", True)
     arguments["return_dict"] = True
     labels = arguments.pop("labels", None)
-    asked, ahead = _listen(knn, own, arguments)
-    in_step = bool(asked) and is_step(inputs_of(arguments))
-    output_layer = knn._modules.get(own.output_path) if in_step else None
+    in_step = is_step(inputs_of(arguments))
+    asked, ahead = _listen(knn, own, arguments, in_step)
+    output_layer = knn._modules.get(own.output_path) if in_step and asked else None
     reading = [one for one in asked if reads(one.term.memory)]
     before = length_before(arguments) if reading else None
     return _Call(arguments, labels, not return_dict, asked, ahead, output_layer, reading, before)
 
 
-def _listen(knn: Any, own: Retrieval, arguments: dict[str, Any]) -> tuple[list[_Asked], Ahead]:
+def _listen(
+    knn: Any, own: Retrieval, arguments: dict[str, Any], in_step: bool
+) -> tuple[list[_Asked], Ahead]:
     """A collector for each memory to be asked, which is asked as soon as its states pass by."""
     weighed = [pair for pair in zip(own.terms, own.lmbdas, strict=True) if pair[1] > 0]
-    ahead = Ahead([term.memory for term, _ in weighed], inputs_of(arguments))
+    ahead = Ahead(term.memory for term, _ in weighed if in_step)
 
     def collector(term: Term) -> Collector:
         arm(knn, term.point)
