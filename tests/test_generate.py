@@ -347,11 +347,21 @@ def test_threads_do_not_disturb_each_other(both: Any) -> None:
     assert not wrong
 
 
+def skip_unless_torch_compiles(bare: Any) -> None:
+    """Torch 2.6 compiles no GPT-2 of transformers 5.4, and so none with a wrapper."""
+    torch.compiler.reset()
+    try:
+        torch.compile(bare, backend="eager", fullgraph=True)(IDS)
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.skip(f"torch {torch.__version__} compiles no model without a wrapper: {error}")
+    torch.compiler.reset()  # what was compiled for a model without hooks would serve one with them
+
+
 @pytest.mark.parametrize(("off_first", "kind"), [(True, "knn"), (False, "knn"), (False, "both")])
 @torch.no_grad()
 def test_compiled_equals_eager(off_first: bool, kind: str) -> None:
     """In both orders of use: what was compiled without retrieval is not used with it."""
-    torch.compiler.reset()
+    skip_unless_torch_compiles(tiny("gpt2"))
     model, knn = make("gpt2", kind)
     eager, plain = knn(IDS, labels=IDS), model(IDS).logits
     compiled = torch.compile(knn, backend="eager")
@@ -370,7 +380,7 @@ def test_compiled_equals_eager(off_first: bool, kind: str) -> None:
 
 @torch.no_grad()
 def test_the_model_alone_still_compiles_whole() -> None:
-    torch.compiler.reset()
+    skip_unless_torch_compiles(tiny("gpt2"))
     model, knn = make("gpt2")
     expected = model(IDS).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)
