@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from knnlm_hf.capture import capturing, find, states
 from knnlm_hf.errors import CaptureError
 from knnlm_hf.forwards import can_share
-from knnlm_hf.memory import CacheMemory
+from knnlm_hf.memory import CacheMemory, product
 from knnlm_hf.modeling import KNNLMForCausalLM, output_layer
 from knnlm_hf.parallel import two_at_a_time
 
@@ -58,8 +58,9 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def quick_output_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These models are small, whose output layers would be left as they are."""
+    """These models are small, whose output layers would be left as they are; so would Intel's."""
     monkeypatch.setattr(output_layer, "_LARGE", 0)
+    monkeypatch.setattr(product, "usual_is_slow", lambda: True)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -13,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, MultiEmbeddingHead
 from knnlm_hf.capture import capturing, find
+from knnlm_hf.memory import product
 from knnlm_hf.modeling import output_layer
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -30,6 +31,7 @@ def products(monkeypatch):
         return times_rows(hidden, rows)
 
     monkeypatch.setattr(output_layer, "_LARGE", 0)
+    monkeypatch.setattr(product, "usual_is_slow", lambda: True)
     monkeypatch.setattr(output_layer, "times_rows", watched)
     return seen
 

@@ -4,7 +4,39 @@ import pytest
 import torch
 
 from knnlm_hf import MultiEmbeddingHead
-from knnlm_hf.memory.product import times_rows
+from knnlm_hf.memory import product
+from knnlm_hf.memory.product import is_quick, times_rows
+
+
+@pytest.fixture(params=[True, False], ids=["in blocks", "as usual"], autouse=True)
+def usual_is_slow(request, monkeypatch):
+    """Both ways on every machine."""
+    monkeypatch.setattr(product, "usual_is_slow", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("name", "has_mkl", "slow"),
+    [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel Xeon", True, False)],
+)
+def test_whose_cpu_it_is(name, has_mkl, slow, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    assert product.usual_is_slow.__wrapped__() is slow
+
+
+def test_a_torch_that_does_not_name_it(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not product.usual_is_slow.__wrapped__()
+
+
+def test_few_states_in_float32_are_quick_where_the_usual_way_is_not(usual_is_slow):
+    assert is_quick(1, torch.ones(16, 3)) is is_quick(8, torch.ones(16, 3)) is usual_is_slow
+    assert not is_quick(9, torch.ones(16, 3))
+    assert not is_quick(1, torch.ones(15, 3))
+    assert not is_quick(1, torch.ones(16, 3).double())
 
 
 def test_hand_worked_product():
