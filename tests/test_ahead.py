@@ -1,6 +1,7 @@
 """Searching while the model goes on changes nothing but the time."""
 
 import copy
+import shutil
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_memory import head_of
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, MultiEmbeddingHead
 from knnlm_hf.errors import KNNLMError
+from knnlm_hf.memory import neighbours
 from knnlm_hf.modeling import ahead
 from knnlm_hf.parallel import pool
 
@@ -53,6 +55,93 @@ def test_the_answer_is_the_same(tmp_path, layer, beside_a_head, monkeypatch):
     assert torch.equal(knn.generate(IDS, **options), tokens)
     assert torch.equal(knn.generate(IDS.repeat(2, 1), num_beams=2, **options), beams)
     assert set(memory.asked_by) == {threading.current_thread().name}
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    """With indexes that FAISS searches in one call, that the keys refine, and a document less."""
+    path = tmp_path_factory.mktemp("ahead") / "indexed"
+    store = Datastore.build(tiny.gpt2(), tiny.corpus(20), path, progress=False)
+    for metric in ("l2", "ip"):
+        for spec in ("IVF2,SQ4", "IVF2,SQ4,Refine(keys)"):
+            store.build_index(spec, metric=metric, progress=False)
+    return store
+
+
+def threads_of(monkeypatch, target, *names):
+    """The names of the threads that call these methods of `target`, as far as it has them."""
+    seen = []
+
+    def watched(call):
+        def record(*args, **kwargs):
+            seen.append(threading.current_thread().name)
+            return call(*args, **kwargs)
+
+        return record
+
+    for name in filter(lambda name: hasattr(target, name), names):
+        monkeypatch.setattr(target, name, watched(getattr(target, name)))
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("index", ["exact", "IVF2,SQ4", "IVF2,SQ4,Refine(keys)"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"k": 10_000}, {"rescore": True}, {"metric": "ip"}], ids=str
+)
+def test_only_the_search_is_handed_over(indexed, rows, index, settings, monkeypatch):
+    """The rest would wait for the interpreter's lock, again and again, while the model goes on."""
+    memory = KNNMemory(indexed, temperature=5.0, index=index, **{"k": 8, **settings})
+    knn = KNNLMForCausalLM(tiny.gpt2(), memory, lmbda=0.6)
+    searched = threads_of(monkeypatch, memory.index, "search", "_call")
+    said = threads_of(monkeypatch, neighbours, "knn_log_probs")
+    ids = IDS.repeat(rows, 1) + torch.arange(rows)[:, None]
+    early = [knn(ids[:, :1]).logits, knn(ids).logits]
+    assert searched
+    assert all(name.startswith("knnlm-hf") for name in searched)
+    here = threading.current_thread().name
+    assert set(said) == {here}
+    searched.clear()
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+    torch.testing.assert_close([knn(ids[:, :1]).logits, knn(ids).logits], early)
+    assert set(searched) == {here}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", ["exact", "IVF2,SQ4", "IVF2,SQ4,Refine(keys)"])
+def test_what_was_removed_is_not_found_ahead(indexed, tmp_path, index, monkeypatch):
+    shutil.copytree(indexed.path, tmp_path / "copy")
+    store = Datastore.open(tmp_path / "copy")
+    store.remove(range(0, 20, 2))
+    knn = KNNLMForCausalLM(tiny.gpt2(), KNNMemory(store, k=8, temperature=5.0, index=index), 0.6)
+    early = knn(IDS[:, :1]).logits
+    whole = KNNLMForCausalLM(tiny.gpt2(), KNNMemory(indexed, 8, 5.0, index=index), 0.6)
+    assert not torch.allclose(whole(IDS[:, :1]).logits, early)
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+    torch.testing.assert_close(knn(IDS[:, :1]).logits, early)
+
+
+@pytest.mark.parametrize("index", ["exact", "IVF2,SQ4"])
+def test_states_that_are_not_finite(indexed, index):
+    model = tiny.gpt2()
+    knn = KNNLMForCausalLM(model, KNNMemory(indexed, k=8, index=index), allow_mismatch=True)
+    model.transformer.wte.weight.data[5] = torch.nan
+    with torch.no_grad(), pytest.raises(KNNLMError, match="not finite"):
+        knn(IDS[:, :1])
+
+
+@torch.no_grad()
+def test_a_search_of_somebodys_own_is_called(store):
+    class Own(KNNMemory):
+        def search(self, *args, **kwargs):
+            seen.append(threading.current_thread().name)
+            return super().search(*args, **kwargs)
+
+    seen = []
+    KNNLMForCausalLM(tiny.gpt2(), Own(store, k=8, temperature=5.0))(IDS)
+    assert len(seen) == 1
+    assert seen[0].startswith("knnlm-hf")
 
 
 def test_with_gradients_and_many_tokens_it_waits(store):

@@ -6,7 +6,7 @@ import copy
 import pickle
 import threading
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,30 +222,26 @@ def test_steps_with_a_cache_against_the_loop(model: Any, store: Any) -> None:
     np.testing.assert_allclose(torch.cat(found).detach().numpy(), truth, atol=2e-4)
 
 
-class Watched(HybridMemory):
-    """Records which thread searched."""
-
-    searched_by: ClassVar[list[str]] = []  # of all copies
-
-    def _found(self, *args: Any, **kwargs: Any) -> Any:
-        self.searched_by.append(threading.current_thread().name)
-        return super()._found(*args, **kwargs)
-
-
 def test_it_searches_once_while_the_model_goes_on(
     model: Any, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = Watched(store, k=20, temperature=6.0, match_weight=1.5, index="exact")
+    memory = memory_of(store, k=20, t=6.0, weight=1.5)
+    search, searched_by = memory.index.search, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        searched_by.append(threading.current_thread().name)
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(memory.index, "search", watched)
     knn = KNNLMForCausalLM(model, [memory, KNNMemory(store, k=4)], lmbda=[0.4, 0.1])
     ids = torch.tensor([ITEMS[4][:7]])
-    Watched.searched_by.clear()
     with torch.no_grad():
         early = [knn(ids).logits, knn(ids, logits_to_keep=2).logits]
-        assert len(memory.searched_by) == 2
-        assert all(name.startswith("knnlm-hf") for name in memory.searched_by)
+        assert len(searched_by) == 2
+        assert all(name.startswith("knnlm-hf") for name in searched_by)
         monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
         late = [knn(ids).logits, knn(ids, logits_to_keep=2).logits]
-    assert set(memory.searched_by[2:]) == {threading.current_thread().name}
+    assert set(searched_by[2:]) == {threading.current_thread().name}
     torch.testing.assert_close(early, late)
     memory.match_weight = 0.0
     with torch.no_grad():

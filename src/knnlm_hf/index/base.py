@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,10 @@ from knnlm_hf.types import Metric, check_k, check_metric
 
 if TYPE_CHECKING:
     from knnlm_hf.datastore.removal import Removed
+    from knnlm_hf.parallel import Task
+
+HandOver = Callable[..., "Task[Any]"]
+"""hand_over(function, *arguments): has another thread call it, see `parallel.Pool.submit`."""
 
 _SPARE = 16  # candidates beyond k, and beyond a quarter more, where entries are removed
 
@@ -124,22 +130,38 @@ class SearchIndex(ABC):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.search(queries_QD, k, removed, ordered=ordered)
-        k = check_k(k)
-        if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
-            raise SearchIndexError(
-                f"queries have the shape {tuple(queries_QD.shape)}, "
-                f"the index holds {self.dim}-d keys: expected (Q, {self.dim})"
-            )
+        k, queries_QD = check_k(k), self._checked(queries_QD)
         if queries_QD.shape[0] == 0:
             return missing(0, k, queries_QD.device)
-        queries_QD = queries_QD.float().contiguous()
-        check_finite(queries_QD)
         if torch.is_autocast_enabled(queries_QD.device.type):
             with torch.autocast(queries_QD.device.type, enabled=False):
                 return self.search(queries_QD, k, removed, ordered=ordered)
         if removed is not None:
             return self._search_live(queries_QD, k, removed)
         return self._search(queries_QD, k) if ordered else self._search_unordered(queries_QD, k)
+
+    def begin(
+        self, queries_QD: Tensor, k: int, removed: Removed | None, hand_over: HandOver
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """Begin a `search` that need not be ordered, and return what waits for its result.
+
+        Args:
+            queries_QD, k, removed: as of `search`.
+            hand_over: has another thread do it.
+        """
+        search = functools.partial(self.search, ordered=False)
+        return hand_over(search, queries_QD, k, removed).result
+
+    def _checked(self, queries_QD: Tensor) -> Tensor:
+        """The queries as float32 one behind the other, or an error of `search`."""
+        if queries_QD.ndim != 2 or queries_QD.shape[1] != self.dim:
+            raise SearchIndexError(
+                f"queries have the shape {tuple(queries_QD.shape)}, "
+                f"the index holds {self.dim}-d keys: expected (Q, {self.dim})"
+            )
+        queries_QD = queries_QD.float().contiguous()
+        check_finite(queries_QD)
+        return queries_QD
 
     def _search_live(self, queries_QD: Tensor, k: int, removed: Removed) -> tuple[Tensor, Tensor]:
         """`search` among what is not removed, by any index: ask for more until k of them are live.

@@ -7,8 +7,9 @@ similarity = FAISS's inner product         for ip: a similarity already, so not 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cached_property
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm_hf.errors import SearchIndexError
-from knnlm_hf.index.base import SearchIndex, missing
+from knnlm_hf.index.base import HandOver, SearchIndex, missing
 from knnlm_hf.index.exact import rescore
 from knnlm_hf.index.faiss_library import load_faiss, parts_of
 from knnlm_hf.index.faiss_refine import refined
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual
+_threads = local()
 _SORTED_ROWS = 64
 
 
@@ -102,35 +104,71 @@ class FaissIndex(SearchIndex):
         found = min(k, entries)
         if found == 0:
             return missing(rows, k, queries_QD.device)
-        # FAISS has its own OpenMP: the setting is per thread, so it is made at every search.
-        # One query is not worth waking threads, which then spin while the model wants the cores.
-        self._set_threads(min(torch.get_num_threads(), rows))
-        if self._hnsw is not None and self._hnsw.efSearch < found:
-            self._hnsw.efSearch = found  # subtle: FAISS stops early at efSearch, whatever k is
-        refined = self._refined if rows == 1 else None
-        if refined is not None and refined.ntotal == entries:
-            similarity_QK, ids_QK = self._search_in(refined, queries_QD, found)
-        else:
-            similarity_QK, ids_QK = self._search_in(self.index, queries_QD, found)
-            if int(ids_QK.max()) >= entries:
-                raise SearchIndexError(
-                    f"the FAISS index names entry {int(ids_QK.max())}, it holds {entries}: it is "
-                    "damaged, or its ids are not the entries' numbers: build it anew"
-                )
-            if self.keys is not None:
-                similarity_QK = rescore(queries_QD, ids_QK, self.keys, self.metric)
+        whole = self._in_one_call(rows)
+        index = self.index if whole is None else whole
+        similarity_QK, ids_QK = self._read(self._call(index, queries_QD.cpu().numpy(), found))
+        if whole is None and self.keys is not None:
+            similarity_QK = rescore(queries_QD, ids_QK, self.keys, self.metric)
         similarity_QK, ids_QK = similarity_QK.to(queries_QD.device), ids_QK.to(queries_QD.device)
         if found < k:
             similarity_QK = pad(similarity_QK, (0, k - found), value=-torch.inf)
             ids_QK = pad(ids_QK, (0, k - found), value=-1)
         return similarity_QK, ids_QK
 
-    def _search_in(self, index: Any, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        similarity_QK, ids_QK = index.search(queries_QD.cpu().numpy(), k)
+    def begin(
+        self, queries_QD: Tensor, k: int, removed: Removed | None, hand_over: HandOver
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """As of any index; where that is one call of FAISS's, nothing but this is handed over.
+
+        It runs without the interpreter's lock. All else would wait for it, again and again, while
+        the model goes on.
+        """
+        rows, on_host = queries_QD.shape[0], queries_QD.device.type == "cpu"
+        index = self._in_one_call(rows) if rows and removed is None and k <= len(self) else None
+        if index is None or not on_host:
+            return super().begin(queries_QD, k, removed, hand_over)
+        task = hand_over(self._call, index, self._checked(queries_QD).numpy(), k)
+        return lambda: self._read(task.result())
+
+    def _in_one_call(self, rows: int) -> Any | None:
+        """The `faiss.Index` that finds so many queries' neighbours; None where keys refine them.
+
+        For one query FAISS does that too, see `faiss_refine`.
+        """
+        if self.keys is None:
+            return self.index
+        whole = self._refined if rows == 1 else None
+        return whole if whole is not None and whole.ntotal == len(self) else None
+
+    def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
+        """FAISS's distances and ids, (Q, k) arrays."""
+        self._use_threads(min(torch.get_num_threads(), len(queries_QD)))
+        if self._hnsw is not None and self._hnsw.efSearch < k:
+            self._hnsw.efSearch = k  # subtle: FAISS stops early at efSearch, whatever k is
+        found: tuple[Any, Any] = index.search(queries_QD, k)
+        return found
+
+    def _use_threads(self, count: int) -> None:
+        """Let FAISS use so many here. It has its own OpenMP, whose setting is each thread's own.
+
+        Threads that were woken for one query would spin while the model wants the cores.
+        """
+        if getattr(_threads, "count", None) != count or count > 1:
+            self._set_threads(count)
+            _threads.count = count
+
+    def _read(self, found: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Similarities and ids of distances and ids, which are overwritten."""
+        similarity_QK, ids_QK = found
         if self.metric == "l2":
             np.negative(similarity_QK, out=similarity_QK)
             np.minimum(similarity_QK, 0, out=similarity_QK)
         similarity_QK[ids_QK < 0] = -np.inf
+        if (most := int(ids_QK.max())) >= len(self):
+            raise SearchIndexError(
+                f"the FAISS index names entry {most}, it holds {len(self)}: it is "
+                "damaged, or its ids are not the entries' numbers: build it anew"
+            )
         return torch.from_numpy(similarity_QK), torch.from_numpy(ids_QK)
 
     @cached_property

@@ -69,7 +69,6 @@ class HybridMemory(KNNMemory):
         self.size = check_count("match_length", match_length, most=_LONGEST)
         self.match_weight = match_weight
         self._before_QM: Tensor | None = None
-        self._near_Q: Neighbors | None = None
         super().__init__(store, k, temperature, metric, index, rescore)
         if self.store.manifest.subsample is not None:
             raise KNNLMError(
@@ -107,18 +106,6 @@ class HybridMemory(KNNMemory):
         reader = copy.copy(self)
         reader._before_QM = _before(text, rows.reshape(-1), places.reshape(-1), self.match_length)
         return reader
-
-    def finding(self, hidden: Tensor) -> Self:
-        """This memory with the neighbours of some states (..., D) found, to be asked of those.
-
-        The search needs no text, and can be done before `reading`.
-        """
-        finder = copy.copy(self)
-        finder._near_Q = self._near(hidden)
-        return finder
-
-    def _near(self, hidden: Tensor) -> Neighbors:
-        return super()._near(hidden) if self._near_Q is None else self._near_Q
 
     def matches(self, ids_QK: Tensor) -> Tensor | None:
         """m of the entries `ids_QK`, (Q, K) uint8, of the queries `reading` was told of.

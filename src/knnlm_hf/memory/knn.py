@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,6 +16,7 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SearchIndexError, SettingError
 from knnlm_hf.index import (
     ExactIndex,
+    HandOver,
     SearchIndex,
     available_memory,
     open_index,
@@ -88,6 +90,7 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         if self.rescore or self.index.scores_are_exact:
             self._prefetch_keys()
         self._temperature = temperature
+        self._found_later: Callable[[], Neighbors] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -136,8 +139,35 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         """
         return self._found(queries, self.k if k is None else check_k(k, len(self.store)), exclude)
 
-    def _near(self, hidden: Tensor) -> Neighbors:
+    def finding(self, hidden: Tensor, hand_over: HandOver) -> Self:
+        """This memory, the neighbours of some states (..., D) being found, to be asked of those.
+
+        What has to wait for them waits when it is asked. No text is needed for the search.
+
+        Args:
+            hidden: the states.
+            hand_over: has another thread do the long part.
+        """
+        finder = copy.copy(self)
         if type(self).search is not KNNMemory.search:  # somebody's own, to be seen here too
+            finder._found_later = hand_over(self._near, hidden).result
+            return finder
+        queries = hidden.reshape(-1, hidden.shape[-1])
+        self._check_queries(queries)
+        found = self.index.begin(queries, self.k, self.store.removed, hand_over)
+
+        def later() -> Neighbors:
+            similarity_QK, ids_QK = found()
+            similarity_QK = self._rescored(queries, similarity_QK, ids_QK)
+            return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
+
+        finder._found_later = later
+        return finder
+
+    def _near(self, hidden: Tensor) -> Neighbors:
+        if self._found_later is not None:
+            return self._found_later()
+        if type(self).search is not KNNMemory.search:
             return super()._near(hidden)
         return self._found(hidden.reshape(-1, hidden.shape[-1]), self.k, ordered=False)
 
@@ -150,8 +180,7 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         similarity_QK, ids_QK = self.index.search(
             queries, wanted, self.store.removed, ordered=ordered
         )
-        if self.rescore and not self.index.scores_are_exact:
-            similarity_QK = rescore(queries, ids_QK, self.store.keys, self.metric)
+        similarity_QK = self._rescored(queries, similarity_QK, ids_QK)
         if exclude is not None:
             is_self_QK = ids_QK == exclude.to(ids_QK.device)[:, None]
             similarity_QK = similarity_QK.masked_fill(is_self_QK, -torch.inf)
@@ -160,6 +189,12 @@ class KNNMemory(KNNFiles, NeighbourMemory):
             similarity_QK, order_QK = similarity_QK.sort(dim=1, descending=True, stable=True)
             similarity_QK, ids_QK = similarity_QK[:, :k], ids_QK.gather(1, order_QK[:, :k])
         return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
+
+    def _rescored(self, queries: Tensor, similarity_QK: Tensor, ids_QK: Tensor) -> Tensor:
+        """The similarities, true ones where `rescore` asks for them and the index has none."""
+        if not self.rescore or self.index.scores_are_exact:
+            return similarity_QK
+        return rescore(queries, ids_QK, self.store.keys, self.metric)
 
     def check_model(self, model: Any) -> None:
         """Raise `ModelMismatchError` unless the store was built with (a cast of) this model."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from knnlm_hf.capture import Collector
 from knnlm_hf.interpolation import has_hit
+from knnlm_hf.memory.neighbours import NeighbourMemory
 from knnlm_hf.memory.text import reads
-from knnlm_hf.parallel import Task, pool, spare_a_core, spare_none, threads_here
+from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
 
 _MOST_TOKENS = 16
 """Beyond, model and search both fill all cores, and nothing is gained by having them share."""
@@ -44,12 +45,12 @@ class Ahead:
         """Prepare to ask `memories`, any memories; there are none to ask where it `is_step` not."""
         self._threads = threads_here()
         self._early = {id(memory) for memory in memories if self._can_be_early(memory)}
-        self._asked: dict[int, tuple[Tensor, Task[Any]]] = {}
+        self._asked: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
 
     def _can_be_early(self, memory: Any) -> bool:
         if isinstance(memory, nn.Module):  # its product is gained only on a second core
             return not memory.training and self._threads > 1
-        return hasattr(memory, "finding" if reads(memory) else "search")
+        return _can_search_first(memory) or (hasattr(memory, "search") and not reads(memory))
 
     def __enter__(self) -> Ahead:
         if self._early:
@@ -72,17 +73,16 @@ class Ahead:
         if id(memory) in self._early and heard.raw is not None and heard.raw.device.type == "cpu":
             states = kept()
             if states is not None:
-                task = pool.submit(_begin, memory, states)
-                self._asked[id(heard)] = heard.raw, task
+                self._asked[id(heard)] = heard.raw, _begin(memory, states)
 
     def is_asked(self, heard: Collector) -> bool:
         """Whether the answer for these states is on its way."""
         return id(heard) in self._asked
 
     def answer(self, heard: Collector) -> Any:
-        """The answer to what was heard last, or the memory that has searched; None if not asked."""
-        raw, task = self._asked.get(id(heard), (None, None))
-        return task.result() if task is not None and raw is heard.raw else None
+        """The answer to what was heard last, or a memory that is searching; None if not asked."""
+        raw, answer = self._asked.get(id(heard), (None, None))
+        return answer() if answer is not None and raw is heard.raw else None
 
 
 class Answer(NamedTuple):
@@ -100,5 +100,19 @@ def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answ
     return Answer(log_probs, has_hit(log_probs))
 
 
-def _begin(memory: Any, states: Tensor) -> Any:
-    return memory.finding(states) if reads(memory) else ask(memory, states)
+def _begin(memory: Any, states: Tensor) -> Callable[[], Any]:
+    """Have another thread search, or answer; what is returned waits for that."""
+    if _can_search_first(memory):
+        finder = memory.finding(states, pool.submit)
+        return lambda: finder
+    return pool.submit(ask, memory, states).result
+
+
+def _can_search_first(memory: Any) -> bool:
+    """Whether all but the search can be done later.
+
+    So it should: every operation on that other thread waits for the interpreter's lock, which the
+    model has. Somebody's own `log_probs` is called on the memory itself.
+    """
+    own = type(memory).log_probs is not NeighbourMemory.log_probs
+    return hasattr(memory, "finding") and (reads(memory) or not own)

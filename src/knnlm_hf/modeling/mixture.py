@@ -184,9 +184,9 @@ def _answer(
     if isinstance(early, Answer) and early.log_probs.shape[:-1] == lm.shape[:-1]:
         return _fitted(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
-    memory: Any = asked.term.memory
+    searching = early is not None and not isinstance(early, Answer)
+    memory: Any = early if searching else asked.term.memory
     if reads(memory):
-        memory = memory if early is None else early
         text = texts[asked.heard.point]
         memory = memory.reading(text, *_kept_places(own, call.arguments, text))
     return memory_answer(states, memory, lm)
