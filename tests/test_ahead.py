@@ -164,7 +164,9 @@ class WatchedHead(MultiEmbeddingHead):
 
 
 @pytest.fixture
-def two_threads():
+def two_threads(monkeypatch):
+    """On a CPU where a head is asked ahead."""
+    monkeypatch.setattr(ahead, "usual_is_slow", lambda: True)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -192,8 +194,9 @@ def test_a_head_answers_ahead_too(layer, monkeypatch):
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("why", ["training", "autocast", "gradients", "one thread"])
-def test_a_head_waits_where_another_thread_would_differ(why):
+@pytest.mark.parametrize("why", ["training", "autocast", "gradients", "one thread", "cpu"])
+def test_a_head_waits_where_another_thread_would_differ_or_not_pay(why, monkeypatch):
+    monkeypatch.setattr(ahead, "usual_is_slow", lambda: why != "cpu")
     head = WatchedHead(24, tiny.VOCAB, n=1)
     knn = KNNLMForCausalLM(tiny.gpt2(), head)
     knn.train(why == "training")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from knnlm_hf.capture import Collector
 from knnlm_hf.interpolation import has_hit
 from knnlm_hf.memory.neighbours import NeighbourMemory
+from knnlm_hf.memory.product import usual_is_slow
 from knnlm_hf.memory.text import reads
 from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
 
@@ -48,8 +49,10 @@ class Ahead:
         self._asked: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
 
     def _can_be_early(self, memory: Any) -> bool:
-        if isinstance(memory, nn.Module):  # its product is gained only on a second core
-            return not memory.training and self._threads > 1
+        if isinstance(memory, nn.Module):
+            # Its product is gained only on a second core, and only where model and product would
+            # gain less from having both.
+            return not memory.training and self._threads > 1 and usual_is_slow()
         return _can_search_first(memory) or (hasattr(memory, "search") and not reads(memory))
 
     def __enter__(self) -> Ahead:
