@@ -103,6 +103,10 @@ class Task(Generic[R]):
             return self._value
 
 
+HandOver = Callable[..., Task[Any]]
+"""hand_over(work, *args): has another thread call work(*args), as `Pool.submit` does."""
+
+
 class Pool:
     """Threads with one core each and without gradients, begun when they are first needed.
 

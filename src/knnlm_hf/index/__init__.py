@@ -4,7 +4,7 @@ Importing this package does not import faiss.
 """
 
 from knnlm_hf.index.auto import available_memory, choose
-from knnlm_hf.index.base import HandOver, IndexInfo, SearchIndex
+from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex, rescore
 from knnlm_hf.index.faiss import FaissIndex
 from knnlm_hf.index.files import build_index, open_index
@@ -16,7 +16,6 @@ from knnlm_hf.index.wrap import wrap_index
 __all__ = [
     "ExactIndex",
     "FaissIndex",
-    "HandOver",
     "IndexInfo",
     "SearchIndex",
     "available_memory",

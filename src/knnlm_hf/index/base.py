@@ -17,10 +17,7 @@ from knnlm_hf.types import Metric, check_k, check_metric
 
 if TYPE_CHECKING:
     from knnlm_hf.datastore.removal import Removed
-    from knnlm_hf.parallel import Task
-
-HandOver = Callable[..., "Task[Any]"]
-"""hand_over(function, *arguments): has another thread call it, see `parallel.Pool.submit`."""
+    from knnlm_hf.parallel import HandOver
 
 _SPARE = 16  # candidates beyond k, and beyond a quarter more, where entries are removed
 

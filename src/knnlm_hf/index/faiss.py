@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm_hf.errors import SearchIndexError
-from knnlm_hf.index.base import HandOver, SearchIndex, missing
+from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
 from knnlm_hf.index.faiss_library import load_faiss, parts_of
 from knnlm_hf.index.faiss_refine import refined
@@ -27,6 +27,7 @@ from knnlm_hf.types import KeyRows, Metric
 
 if TYPE_CHECKING:
     from knnlm_hf.datastore.removal import Removed
+    from knnlm_hf.parallel import HandOver
 
 _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual

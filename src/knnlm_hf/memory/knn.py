@@ -16,7 +16,6 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SearchIndexError, SettingError
 from knnlm_hf.index import (
     ExactIndex,
-    HandOver,
     SearchIndex,
     available_memory,
     open_index,
@@ -27,6 +26,7 @@ from knnlm_hf.interpolation import default_temperature
 from knnlm_hf.memory.kinds import register
 from knnlm_hf.memory.knn_files import KNNFiles
 from knnlm_hf.memory.neighbours import NeighbourMemory
+from knnlm_hf.parallel import HandOver
 from knnlm_hf.types import Metric, Neighbors, check_k, check_metric, check_temperature
 
 _log = logging.getLogger(__name__)
