@@ -3,7 +3,10 @@
 import copy
 import shutil
 import threading
+from types import SimpleNamespace
+from typing import ClassVar
 
+import faiss
 import pytest
 import tiny
 import torch
@@ -11,7 +14,8 @@ from tiny_memory import head_of
 
 from knnlm_hf import Datastore, KNNLMForCausalLM, KNNMemory, MultiEmbeddingHead
 from knnlm_hf.errors import KNNLMError
-from knnlm_hf.memory import neighbours
+from knnlm_hf.index import FaissIndex
+from knnlm_hf.memory import HybridMemory, neighbours
 from knnlm_hf.modeling import ahead
 from knnlm_hf.parallel import pool
 
@@ -129,6 +133,118 @@ def test_states_that_are_not_finite(indexed, index):
     model.transformer.wte.weight.data[5] = torch.nan
     with torch.no_grad(), pytest.raises(KNNLMError, match="not finite"):
         knn(IDS[:, :1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", ["exact", "IVF2,SQ4"])
+def test_an_earlier_pass_that_cannot_be_searched_with(indexed, index):
+    """A later one replaces it, whatever was wrong with it."""
+    model = tiny.gpt2()
+    knn = KNNLMForCausalLM(model, KNNMemory(indexed, k=8, temperature=5.0, index=index), 0.6)
+    expected, block = knn(IDS[:, :1]).logits, model.transformer.h[-1]
+    norm = block.ln_2.forward
+
+    def passed_twice(states):
+        block.mlp(norm(states) * torch.nan)
+        return norm(states)
+
+    block.ln_2.forward = passed_twice
+    torch.testing.assert_close(knn(IDS[:, :1]).logits, expected)
+
+
+@pytest.mark.parametrize("kind", [KNNMemory, HybridMemory])
+def test_what_is_taken_from_the_data_is_taken_once(store, kind, monkeypatch):
+    memory, taken = kind(store, k=8, index="exact"), []
+    monkeypatch.setattr(kind, "_temperature_from_data", lambda memory: taken.append(1) or 5.0)
+    KNNLMForCausalLM(tiny.gpt2(), memory).generate(IDS, max_new_tokens=4, pad_token_id=0)
+    assert taken == [1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", ["exact", "IVF2,SQ4", "IVF2,SQ4,Refine(keys)"])
+def test_one_that_searches_can_be_asked_again(indexed, index):
+    memory = KNNMemory(indexed, k=8, temperature=5.0, index=index)
+    states = indexed.keys[7:8].float()
+    expected = memory.log_probs(states)
+    searching = memory.searching(states, pool.submit)
+    for _ in range(2):
+        torch.testing.assert_close(searching.log_probs(states), expected)
+    assert memory.log_probs(states * 0.9).equal(expected) is False  # it was another one
+
+
+OWN = {
+    "_near": lambda self, hidden: super(type(self), self)._near(hidden * 0.2),
+    "_found": lambda self, queries, *rest, **more: super(type(self), self)._found(
+        queries * 0.2, *rest, **more
+    ),
+    "log_probs": lambda self, hidden: super(type(self), self).log_probs(hidden * 0.2),
+    "scored": lambda self, near: super(type(self), self).scored(near) * 0.2,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("kind", [KNNMemory, HybridMemory])
+def test_a_derived_memory_goes_its_own_way(store, kind, name, monkeypatch):
+    own = type("Own", (kind,), {name: OWN[name]})
+    knn = KNNLMForCausalLM(tiny.gpt2(), own(store, k=8, temperature=5.0, index="exact"), 0.6)
+    early = knn(IDS[:, :1]).logits
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+    torch.testing.assert_close(knn(IDS[:, :1]).logits, early)
+    plain = KNNLMForCausalLM(tiny.gpt2(), kind(store, k=8, temperature=5.0, index="exact"), 0.6)
+    assert not torch.allclose(plain(IDS[:, :1]).logits, early)
+
+
+@torch.no_grad()
+def test_a_memory_that_reads_and_can_search_before(store, monkeypatch):
+    class Finding(HybridMemory):
+        found_by: ClassVar[list[str]] = []
+        near = None
+
+        def finding(self, hidden):
+            self.found_by.append(threading.current_thread().name)
+            finder = copy.copy(self)
+            finder.near = super()._near(hidden)
+            return finder
+
+        def _near(self, hidden):
+            return super()._near(hidden) if self.near is None else self.near
+
+    memory = Finding(store, k=8, temperature=5.0, match_weight=1.0, index="exact")
+    knn = KNNLMForCausalLM(tiny.gpt2(), memory, lmbda=0.6)
+    early = knn(IDS).logits
+    assert len(memory.found_by) == 1
+    assert memory.found_by[0].startswith("knnlm-hf")
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+    torch.testing.assert_close(knn(IDS).logits, early)
+    assert len(memory.found_by) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["search", "_search_unordered"])
+def test_a_derived_index_goes_its_own_way(store, name, monkeypatch):
+    def farther(self, *args, **options):
+        similarity, ids = getattr(FaissIndex, name)(self, *args, **options)
+        return similarity * 0.1, ids
+
+    own = type("Own", (FaissIndex,), {name: farther})
+    flat = faiss.IndexFlatL2(store.dim)
+    flat.add(store.keys[:].float().numpy())
+    memory = KNNMemory(store, k=8, temperature=5.0, index=own(flat))
+    knn = KNNLMForCausalLM(tiny.gpt2(), memory, lmbda=0.6)
+    early = knn(IDS[:, :1]).logits
+    monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
+    torch.testing.assert_close(knn(IDS[:, :1]).logits, early)
+
+
+@torch.no_grad()
+def test_a_memory_whose_attributes_are_its_own(store):
+    """Not its class's: a namespace is a memory too."""
+    memory = KNNMemory(store, k=8, temperature=5.0)
+    names = ("layer", "hidden_size", "vocab_size", "log_probs", "token_log_probs", "search")
+    namespace = SimpleNamespace(**{name: getattr(memory, name) for name in names})
+    said = [KNNLMForCausalLM(tiny.gpt2(), one)(IDS).logits for one in (memory, namespace)]
+    assert torch.equal(*said)
 
 
 @torch.no_grad()

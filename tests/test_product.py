@@ -20,16 +20,14 @@ def usual_is_slow(request, monkeypatch):
     [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel Xeon", True, False)],
 )
 def test_whose_cpu_it_is(name, has_mkl, slow, monkeypatch):
-    monkeypatch.undo()
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
-    assert product.usual_is_slow.__wrapped__() is slow
+    assert product._is_amd_with_mkl() is slow
 
 
 def test_a_torch_that_does_not_name_it(monkeypatch):
-    monkeypatch.undo()
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not product.usual_is_slow.__wrapped__()
+    assert not product._is_amd_with_mkl()
 
 
 def test_few_states_in_float32_are_quick_where_the_usual_way_is_not(usual_is_slow):
@@ -74,6 +72,15 @@ def test_rows_that_do_not_lie_one_behind_the_other(queries):
     hidden, wide = torch.randn(queries, 5), torch.randn(5, 80)
     for rows in (wide.T, wide.T[::2], wide.reshape(80, 5)[::2]):
         torch.testing.assert_close(times_rows(hidden, rows), hidden @ rows.T)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("states", [1, 3])
+def test_a_head_compiles_whole(states):
+    torch.compiler.reset()
+    head, hidden = MultiEmbeddingHead(6, 20, n=2), torch.randn(states, 6)
+    compiled = torch.compile(head.log_probs, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(hidden), head.log_probs(hidden))
 
 
 @pytest.mark.parametrize("settings", [{"n": 1}, {"n": 3}, {"rows_per_token": [1, 0, 3, 2] * 5}])

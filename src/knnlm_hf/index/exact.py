@@ -27,6 +27,8 @@ _CENTRE_SAMPLE = 4096
 _NO_ID = torch.iinfo(torch.int64).max
 _GATHER_BYTES = 1 << 19
 """Float32 rows gathered at a time and thread when rescoring: they stay in each core's own cache."""
+_LIKE_THREADS = 16
+"""What a GPU counts as there."""
 
 
 class ExactIndex(SearchIndex):
@@ -194,7 +196,8 @@ def rescore(queries_QD: Tensor, ids_QK: Tensor, keys: KeyRows, metric: Metric) -
     ids_QK = ids_QK.cpu()
     has_missing = int(ids_QK.min()) < 0
     known_QK = ids_QK.clamp(min=0) if has_missing else ids_QK
-    chunk = max(1, _GATHER_BYTES * torch.get_num_threads() // (4 * hits * keys.dim))
+    threads = torch.get_num_threads() if device.type == "cpu" else _LIKE_THREADS
+    chunk = max(1, _GATHER_BYTES * threads // (4 * hits * keys.dim))
     # One buffer for all chunks: fresh memory would cost more than the arithmetic.
     buffer_QKD = torch.empty(min(chunk, rows), hits, keys.dim, device=device)
     if rows <= chunk:

@@ -6,6 +6,7 @@ similarity = FAISS's inner product         for ip: a similarity already, so not 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -125,11 +126,12 @@ class FaissIndex(SearchIndex):
         the model goes on.
         """
         rows, on_host = queries_QD.shape[0], queries_QD.device.type == "cpu"
-        index = self._in_one_call(rows) if rows and removed is None and k <= len(self) else None
-        if index is None or not on_host:
+        usual = type(self) is FaissIndex and on_host and removed is None  # no ways of its own
+        index = self._in_one_call(rows) if usual and rows and k <= len(self) else None
+        if index is None:
             return super().begin(queries_QD, k, removed, hand_over)
         task = hand_over(self._call, index, self._checked(queries_QD).numpy(), k)
-        return lambda: self._read(task.result())
+        return functools.cache(lambda: self._read(task.result()))
 
     def _in_one_call(self, rows: int) -> Any | None:
         """The `faiss.Index` that finds so many queries' neighbours; None where keys refine them.

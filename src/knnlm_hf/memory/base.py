@@ -21,8 +21,8 @@ class Memory(Protocol):
     A class that has these five names is a memory; it need not inherit from anything. It may also
     have `check_model(model)` and `check_tokenizer(tokenizer)`, raising `ModelMismatchError` for one
     that it was not made with, and `reading` and `size`, if it is to be shown the text before it is
-    asked: see `CacheMemory`; with those two `finding`, if it can search before that: see
-    `HybridMemory`. What it takes to be saved with a model is said in `kinds.register`.
+    asked: see `CacheMemory`; with those two `finding(hidden)`, if it can search before that, which
+    returns it with that done. What it takes to be saved with a model is said in `kinds.register`.
     """
 
     @property

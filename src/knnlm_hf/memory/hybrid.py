@@ -9,7 +9,6 @@ Shape suffixes: Q query, K neighbour, M place before the query, nearest first; S
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -103,7 +102,7 @@ class HybridMemory(KNNMemory):
             rows: (Q,) the row of `text` in which each query stands that will be asked, in order.
             places: (Q,) and its place there.
         """
-        reader = copy.copy(self)
+        reader = self._twin()
         reader._before_QM = _before(text, rows.reshape(-1), places.reshape(-1), self.match_length)
         return reader
 

@@ -139,7 +139,7 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         """
         return self._found(queries, self.k if k is None else check_k(k, len(self.store)), exclude)
 
-    def finding(self, hidden: Tensor, hand_over: HandOver) -> Self:
+    def searching(self, hidden: Tensor, hand_over: HandOver) -> Self:
         """This memory, the neighbours of some states (..., D) being found, to be asked of those.
 
         What has to wait for them waits when it is asked. No text is needed for the search.
@@ -148,10 +148,6 @@ class KNNMemory(KNNFiles, NeighbourMemory):
             hidden: the states.
             hand_over: has another thread do the long part.
         """
-        finder = copy.copy(self)
-        if type(self).search is not KNNMemory.search:  # somebody's own, to be seen here too
-            finder._found_later = hand_over(self._near, hidden).result
-            return finder
         queries = hidden.reshape(-1, hidden.shape[-1])
         self._check_queries(queries)
         found = self.index.begin(queries, self.k, self.store.removed, hand_over)
@@ -161,13 +157,19 @@ class KNNMemory(KNNFiles, NeighbourMemory):
             similarity_QK = self._rescored(queries, similarity_QK, ids_QK)
             return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
 
-        finder._found_later = later
-        return finder
+        twin = self._twin()
+        twin._found_later = functools.cache(later)
+        return twin
+
+    def _twin(self) -> Self:
+        """A copy to be asked of some states; what is taken from the data is taken here, once."""
+        self._temperature = self.temperature
+        return copy.copy(self)
 
     def _near(self, hidden: Tensor) -> Neighbors:
         if self._found_later is not None:
             return self._found_later()
-        if type(self).search is not KNNMemory.search:
+        if type(self).search is not KNNMemory.search:  # somebody's own, to be seen here too
             return super()._near(hidden)
         return self._found(hidden.reshape(-1, hidden.shape[-1]), self.k, ordered=False)
 

@@ -17,7 +17,6 @@ Shape suffixes: Q state, R row, D dimension, B block.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,12 +26,18 @@ _FEW = 8
 _BLOCKS = 16
 
 
-@cache
-def usual_is_slow() -> bool:
-    """Whether MKL multiplies, on a CPU of AMD's; False where an older torch does not name it."""
+def _is_amd_with_mkl() -> bool:
     about: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     has_mkl = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
     return has_mkl and "AMD" in about.get("cpu_name", "")
+
+
+_USUAL_IS_SLOW = _is_amd_with_mkl()  # once: torch.compile looks into no function of torch.cpu
+
+
+def usual_is_slow() -> bool:
+    """Whether MKL multiplies, on a CPU of AMD's; False where an older torch does not name it."""
+    return _USUAL_IS_SLOW
 
 
 def times_rows(hidden_QD: Tensor, rows_RD: Tensor) -> Tensor:

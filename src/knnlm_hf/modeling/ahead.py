@@ -8,14 +8,16 @@ little: a model's step for one token is bound by memory, so it does not miss the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from knnlm_hf.capture import Collector
+from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import has_hit
-from knnlm_hf.memory.neighbours import NeighbourMemory
+from knnlm_hf.memory import HybridMemory, KNNMemory
 from knnlm_hf.memory.product import usual_is_slow
 from knnlm_hf.memory.text import reads
 from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
@@ -53,7 +55,8 @@ class Ahead:
             # Its product is gained only on a second core, and only where model and product would
             # gain less from having both.
             return not memory.training and self._threads > 1 and usual_is_slow()
-        return _can_search_first(memory) or (hasattr(memory, "search") and not reads(memory))
+        by_itself = hasattr(memory, "finding" if reads(memory) else "search")
+        return by_itself or type(memory) in _SEARCH_APART
 
     def __enter__(self) -> Ahead:
         if self._early:
@@ -76,7 +79,9 @@ class Ahead:
         if id(memory) in self._early and heard.raw is not None and heard.raw.device.type == "cpu":
             states = kept()
             if states is not None:
-                self._asked[id(heard)] = heard.raw, _begin(memory, states)
+                # What cannot be searched with is of no account if another pass replaces it.
+                with suppress(KNNLMError):
+                    self._asked[id(heard)] = heard.raw, _begin(memory, states)
 
     def is_asked(self, heard: Collector) -> bool:
         """Whether the answer for these states is on its way."""
@@ -103,19 +108,21 @@ def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answ
     return Answer(log_probs, has_hit(log_probs))
 
 
+_SEARCH_APART = KNNMemory, HybridMemory
+"""Not those derived from them, which may do any part in a way of their own."""
+
+
 def _begin(memory: Any, states: Tensor) -> Callable[[], Any]:
-    """Have another thread search, or answer; what is returned waits for that."""
-    if _can_search_first(memory):
-        finder = memory.finding(states, pool.submit)
-        return lambda: finder
-    return pool.submit(ask, memory, states).result
+    """Have another thread search, or answer; what is returned waits for that.
 
-
-def _can_search_first(memory: Any) -> bool:
-    """Whether all but the search can be done later.
-
-    So it should: every operation on that other thread waits for the interpreter's lock, which the
-    model has. Somebody's own `log_probs` is called on the memory itself.
+    All but the search is done later where it can be: there every operation waits for the
+    interpreter's lock, which the model has.
     """
-    own = type(memory).log_probs is not NeighbourMemory.log_probs
-    return hasattr(memory, "finding") and (reads(memory) or not own)
+    if type(memory) in _SEARCH_APART:
+        twin = memory.searching(states, pool.submit)
+        return lambda: twin
+    return pool.submit(_answer, memory, states).result
+
+
+def _answer(memory: Any, states: Tensor) -> Any:
+    return memory.finding(states) if reads(memory) else ask(memory, states)
