@@ -322,7 +322,7 @@ def test_tune_fits_the_match_weight_and_applies_it(model: Any, store: Any) -> No
     found = [
         scores.perplexity(best.lmbda, best.temperature, best.k, weight) for weight in (0.0, 8.0)
     ]
-    assert min(found) >= best.perplexity * (1 - 1e-6)
+    assert min(found) >= best.perplexity
     table = fit(scores)
     figure = scores.perplexity(table.lmbda, table.temperature, table.k, table.match_weight)
     assert figure == pytest.approx(table.perplexity, rel=1e-5)
