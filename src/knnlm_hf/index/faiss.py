@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from threading import Lock, local
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual
-_threads = local()
 _SORTED_ROWS = 64
 
 
@@ -145,20 +144,13 @@ class FaissIndex(SearchIndex):
 
     def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
         """FAISS's distances and ids, (Q, k) arrays."""
-        self._use_threads(min(torch.get_num_threads(), len(queries_QD)))
+        # FAISS has its own OpenMP: the setting is per thread, so it is made at every search.
+        # One query is not worth waking threads, which then spin while the model wants the cores.
+        self._set_threads(min(torch.get_num_threads(), len(queries_QD)))
         if self._hnsw is not None and self._hnsw.efSearch < k:
             self._hnsw.efSearch = k  # subtle: FAISS stops early at efSearch, whatever k is
         found: tuple[Any, Any] = index.search(queries_QD, k)
         return found
-
-    def _use_threads(self, count: int) -> None:
-        """Let FAISS use so many here. It has its own OpenMP, whose setting is each thread's own.
-
-        Threads that were woken for one query would spin while the model wants the cores.
-        """
-        if getattr(_threads, "count", None) != count or count > 1:
-            self._set_threads(count)
-            _threads.count = count
 
     def _read(self, found: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
         """Similarities and ids of distances and ids, which are overwritten."""

@@ -158,7 +158,7 @@ class KNNMemory(KNNFiles, NeighbourMemory):
             return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
 
         twin = self._twin()
-        twin._found_later = functools.cache(later)
+        twin._found_later = later
         return twin
 
     def _twin(self) -> Self:
