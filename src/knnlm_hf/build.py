@@ -42,7 +42,7 @@ class Datastore(DatastoreReader):
         stride: int | None = None,
         batch_size: int = 8,
         dtype: str = "float16",
-        shard_size: int = 1_000_000,
+        shard_size: int = 1 << 20,
         resume: bool = True,
         progress: bool = True,
         bos: bool | None = None,

@@ -26,7 +26,7 @@ def build(
     store: Annotated[Path, typer.Argument(help="Folder to make; an unfinished one is continued.")],
     layer: Annotated[str, typer.Option(help="att, ffn, final or a module path.")] = "att",
     dtype: Annotated[str, typer.Option(help="Of the keys.")] = "float16",
-    shard_size: Annotated[int, typer.Option(help="Entries per file.")] = 1_000_000,
+    shard_size: Annotated[int, typer.Option(help="Entries per file.")] = 1 << 20,
     index: Annotated[str, typer.Option(help="Index to build: auto, none, or a factory.")] = "auto",
     metric: IndexMetric = "l2",
     reading: Reading = Reading(split="train"),  # noqa: B008 - frozen

@@ -277,7 +277,7 @@ class DatastoreReader:
             Region(self.path / s.file, DATA_START, s.rows * self.manifest.row_bytes)
             for s in self.manifest.shards
         ]
-        flat = joined(regions, NUMPY[self.manifest.dtype]) if len(regions) > 1 else None
+        flat = joined(regions, NUMPY[self.manifest.dtype])
         if flat is None:
             return Rows([shard.keys for shard in self._shards])
         return Rows([torch.from_numpy(flat).view(self.dtype).view(len(self), self.dim)])

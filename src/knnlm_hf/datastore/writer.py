@@ -23,6 +23,7 @@ from torch import Tensor
 from knnlm_hf.datastore import atomic
 from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.datastore.manifest import DATA_START, Manifest, Shard
+from knnlm_hf.datastore.mapping import HUGE_PAGE
 
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -82,6 +83,7 @@ class StoreWriter:
         self._folder = folder
         self._texts: deque[ShardText] = deque()
         self._file: IO[bytes] | None = None
+        self._unwritten = bytearray()
         self._rows = 0
 
     def close(self) -> None:
@@ -120,14 +122,21 @@ class StoreWriter:
     def _write(self, rows: npt.NDArray[Any]) -> None:
         if self._file is None:
             self._file = atomic.temporary(self._path).open("wb", buffering=0)
-            self._file.seek(DATA_START)
-        atomic.write_all(self._file, rows)
+            self._unwritten = bytearray(DATA_START)  # a header to be
+        self._unwritten += memoryview(rows).cast("B")
         self._rows += len(rows)
+        # What is written in whole huge pages lies in such in the system's cache, too.
+        whole = len(self._unwritten) // HUGE_PAGE * HUGE_PAGE
+        if whole:
+            with memoryview(self._unwritten) as view:
+                atomic.write_all(self._file, view[:whole])
+            del self._unwritten[:whole]
 
     def _close(self, text: ShardText, documents: int | None = None) -> None:
         assert self._file is not None
         assert len(text.values) == self._rows
         path, file = self._path, self._file
+        atomic.write_all(file, self._unwritten)
         atomic.write_all(file, text.values)
         atomic.write_all(file, text.document_starts)
         size = file.tell()

@@ -93,22 +93,23 @@ class FaissIndex(SearchIndex):
 
     def _search(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         similarity_QK, ids_QK = self._search_unordered(queries_QD, k)
-        if self.keys is not None:
+        if self._whole is None:
             order_QK = _nearest_first(similarity_QK)
             similarity_QK = similarity_QK.gather(1, order_QK)
             ids_QK = ids_QK.gather(1, order_QK)
         return similarity_QK, ids_QK
 
     def _search_unordered(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """In FAISS's order: where the keys refine, that of its distances."""
+        """In FAISS's order: where torch refines, that of its distances."""
         rows, entries = queries_QD.shape[0], len(self)
         found = min(k, entries)
         if found == 0:
             return missing(rows, k, queries_QD.device)
-        whole = self._in_one_call(rows)
+        whole = self._whole
         index = self.index if whole is None else whole
         similarity_QK, ids_QK = self._read(self._call(index, queries_QD.cpu().numpy(), found))
-        if whole is None and self.keys is not None:
+        if whole is None:
+            assert self.keys is not None
             similarity_QK = rescore(queries_QD, ids_QK, self.keys, self.metric)
         similarity_QK, ids_QK = similarity_QK.to(queries_QD.device), ids_QK.to(queries_QD.device)
         if found < k:
@@ -126,20 +127,16 @@ class FaissIndex(SearchIndex):
         """
         rows, on_host = queries_QD.shape[0], queries_QD.device.type == "cpu"
         usual = type(self) is FaissIndex and on_host and removed is None  # no ways of its own
-        index = self._in_one_call(rows) if usual and rows and k <= len(self) else None
+        index = self._whole if usual and rows and k <= len(self) else None
         if index is None:
             return super().begin(queries_QD, k, removed, hand_over)
         task = hand_over(self._call, index, self._checked(queries_QD).numpy(), k)
         return functools.cache(lambda: self._read(task.result()))
 
-    def _in_one_call(self, rows: int) -> Any | None:
-        """The `faiss.Index` that finds so many queries' neighbours; None where keys refine them.
-
-        For one query FAISS does that too, see `faiss_refine`.
-        """
-        if self.keys is None:
-            return self.index
-        whole = self._refined if rows == 1 else None
+    @property
+    def _whole(self) -> Any | None:
+        """The `faiss.Index` that does all of it in one call; None where torch has to refine."""
+        whole = self.index if self.keys is None else self._refined
         return whole if whole is not None and whole.ntotal == len(self) else None
 
     def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:

@@ -1,10 +1,9 @@
 """Refinement by FAISS itself, from the stored keys where they lie.
 
-One call without the interpreter's lock finds the candidates, compares and sorts them. For many
-queries torch's way through the keys (`rescore`) is faster, by a third; but it takes two dozen calls
-with the lock, and where a model generates beside it, each of them makes the model wait. Measured at
-batch 1 on two cores with 2.7 million entries, generation went from 0.78 to 0.82 of the speed of the
-model alone.
+One call without the interpreter's lock finds the candidates, compares and sorts them, each core
+with queries of its own. Nothing is copied on the way: torch's way through the keys (`rescore`)
+writes every candidate down first, twice. Measured on two cores for 1,024 queries and k=1024: 30 %
+less time for a whole search with D=256, 60 % less with D=1024.
 """
 
 from __future__ import annotations
