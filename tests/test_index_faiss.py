@@ -117,6 +117,25 @@ def test_stored_keys_are_compared_in_place(metric, dim, dtype):
         torch.testing.assert_close(alone[0], similarity[row], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spec", ["IVF8,SQ8,Refine(keys)", "IVF8,SQ8", "Pad8,IVF8,SQ8,Refine(keys)", "SQ8,Refine(keys)"]
+)
+def test_many_queries_are_answered_in_their_own_order(tmp_path, spec, dtype):
+    """They are searched list by list, where there are lists."""
+    keys, queries = clustered(400, 6, dtype=dtype), clustered(150, 6, seed=1, dtype=torch.float32)
+    index = build(tmp_path, keys, spec)
+    order = index._neighbours_together(queries.numpy())
+    assert (order is None) == (not spec.startswith("IVF8"))
+    if order is not None:
+        assert sorted(order) == list(range(150)) != list(order)
+    similarity, ids = index.search(queries, 30)
+    for row in range(0, 150, 7):
+        alone, same_ids = index.search(queries[row : row + 1], 30)
+        torch.testing.assert_close(similarity[row], alone[0], rtol=1e-5, atol=1e-4)
+        assert set(ids[row].tolist()) == set(same_ids[0].tolist())
+
+
 def test_a_search_sees_what_the_keys_hold_now():
     keys = clustered(100, 8)
     index = refining(keys, "SQ4")

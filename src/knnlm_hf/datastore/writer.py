@@ -123,7 +123,7 @@ class StoreWriter:
         if self._file is None:
             self._file = atomic.temporary(self._path).open("wb", buffering=0)
             self._unwritten = bytearray(DATA_START)  # a header to be
-        self._unwritten += memoryview(rows).cast("B")
+        self._unwritten += rows.data.cast("B")
         self._rows += len(rows)
         # What is written in whole huge pages lies in such in the system's cache, too.
         whole = len(self._unwritten) // HUGE_PAGE * HUGE_PAGE

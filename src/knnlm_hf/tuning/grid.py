@@ -19,7 +19,8 @@ from knnlm_hf.parallel import over_blocks
 
 _SQUARINGS = 4
 _LOG2_E = math.log2(math.e)
-_BLOCK = 1 << 19  # similarities in a block: 2 MB, so that a block stays in cache for all t
+_BLOCK = 1 << 20
+"""Similarities in a block: 4 MB. Fewer would stay in cache, but threads wait between operations."""
 
 
 def knn_probabilities(
