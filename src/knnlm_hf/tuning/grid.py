@@ -1,7 +1,7 @@
 """p_kNN of every token for a whole grid of temperatures and k, without searching again.
 
-Shape suffixes: N token (n of a block), T temperature, K neighbour or k, H hit, a neighbour that
-carries the target.
+Shape suffixes: N token (n of a block), T temperature, C chain of them, K neighbour or k, H hit, a
+neighbour that carries the target.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from knnlm_hf.parallel import over_blocks
 
 _SQUARINGS = 4
 _LOG2_E = math.log2(math.e)
-_BLOCK = 1 << 20
-"""Similarities in a block: 4 MB. Fewer would stay in cache, but threads wait between operations."""
+_BLOCK = 1 << 21
+"""Weights worked on at a time: 8 MB. Fewer stay in cache, but threads wait between operations."""
 
 
 def knn_probabilities(
@@ -28,8 +28,7 @@ def knn_probabilities(
 ) -> Tensor:
     """p_kNN(target) for each temperature and k: (len(temperatures), len(ks), N) float32.
 
-    A block of rows stays in cache for all temperatures. NaN where a query has no hit.
-    `match_weight` is γ, for evidence with `matches`.
+    NaN where a query has no hit. `match_weight` is γ, for evidence with `matches`.
     """
     assert found.similarity is not None
     assert found.is_target is not None
@@ -38,6 +37,7 @@ def knn_probabilities(
     matches_NK = found.matches if match_weight else None
     result_TKN = torch.empty(len(temperatures), len(ks), count)
     widths = [last - first for first, last in pairwise([0, *ks])]
+    chains = _chains(temperatures)
 
     def work(block: slice) -> None:
         similarity_nK = all_similarity_NK[block, : ks[-1]]
@@ -47,42 +47,53 @@ def knn_probabilities(
             bonus_nK = (matches_NK[block, : ks[-1]] * match_weight).exp_()
         hits = _Hits(relative_nK, all_is_target_NK[block, : ks[-1]], ks, bonus_nK)
         total_TKn = torch.empty(len(temperatures), len(ks), len(relative_nK))
-        outs = [total_Kn.unbind() for total_Kn in total_TKn.unbind()]
-        for i, weights_nK in _weights(relative_nK, temperatures):
+        for at, weights_CnK in _weights(relative_nK, temperatures, chains):
             if bonus_nK is not None:
-                weights_nK = weights_nK * bonus_nK
-            for segment_nk, out_n in zip(torch.split(weights_nK, widths, 1), outs[i], strict=True):
-                torch.sum(segment_nk, 1, out=out_n)
-        result_TKN[:, :, block] = hits.weights(temperatures) / total_TKn.cumsum(1)
+                weights_CnK = weights_CnK * bonus_nK
+            segments = torch.split(weights_CnK, widths, 2)
+            total_TKn[at] = torch.stack([segment_Cnk.sum(2) for segment_Cnk in segments], 1)
+        result_TKN[:, :, block] = hits.weights(temperatures, chains) / total_TKn.cumsum(1)
 
-    over_blocks(work, count, max(1, _BLOCK // ks[-1]))
+    over_blocks(work, count, max(1, _BLOCK // (ks[-1] * len(chains))))
     return result_TKN
 
 
-def _weights(relative: Tensor, temperatures: Sequence[float]) -> Iterator[tuple[int, Tensor]]:
-    """Yield (i, exp(relative / temperatures[i])) from the hottest to the coldest.
+def _chains(temperatures: Sequence[float]) -> list[list[int]]:
+    """Places in `temperatures`, each with half the temperature before it; the longest chain first.
 
-    subtle: halving t squares the weights, four times cheaper than an exponential; a grid of
+    subtle: halving t squares the weights, many times cheaper than an exponential; a grid of
     2^(step/n) needs few exponentials. Squared at most `_SQUARINGS` times in a row, which keeps the
-    relative error below 1e-6. A yielded tensor is valid until the next one.
+    relative error below 1e-6.
     """
-    chains: list[tuple[float, int, Tensor]] = []
+    chains: list[list[int]] = []
     for i in sorted(range(len(temperatures)), key=lambda i: -temperatures[i]):
-        t = temperatures[i]
         hotter = (
-            n for n, (at, depth, _) in enumerate(chains)
-            if depth < _SQUARINGS and math.isclose(at, 2 * t, rel_tol=1e-9)
+            chain for chain in chains
+            if len(chain) <= _SQUARINGS
+            and math.isclose(temperatures[chain[-1]], 2 * temperatures[i], rel_tol=1e-9)
         )  # fmt: skip
-        n = next(hotter, None)
-        if n is None:
-            weights, depth = torch.mul(relative, _LOG2_E / t).exp2_(), 0  # faster than exp
+        chain = next(hotter, None)
+        if chain is None:
+            chains.append([i])
         else:
-            _, depth, weights = chains.pop(n)
-            weights.square_()
-            depth += 1
-        chains = [chain for chain in chains if chain[0] <= 2 * t * (1 + 1e-9)]
-        chains.append((t, depth, weights))
-        yield i, weights
+            chain.append(i)
+    return sorted(chains, key=len, reverse=True)
+
+
+def _weights(
+    relative: Tensor, temperatures: Sequence[float], chains: list[list[int]]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield exp(relative / t), (C, *shape), of one t of each chain, and their places.
+
+    What is yielded is valid until the next is.
+    """
+    scale_C = torch.tensor([_LOG2_E / temperatures[chain[0]] for chain in chains])
+    weights = (relative * scale_C.view(-1, *[1] * relative.ndim)).exp2_()  # faster than exp
+    yield [chain[0] for chain in chains], weights
+    for step in range(1, len(chains[0])):
+        at = [chain[step] for chain in chains if len(chain) > step]
+        weights = weights[: len(at)].square_()
+        yield at, weights
 
 
 class _Hits:
@@ -102,13 +113,13 @@ class _Hits:
         runs, self.starts = np.unique((row_H * len(ks) + segment_H).numpy(), return_index=True)
         self.rows, self.segments = np.divmod(runs, len(ks))
 
-    def weights(self, temperatures: Sequence[float]) -> Tensor:
+    def weights(self, temperatures: Sequence[float], chains: list[list[int]]) -> Tensor:
         """(T, len(ks), n) summed weight of the hits among the first k neighbours."""
         carried_TKn = np.zeros((len(temperatures), *self.shape), dtype=np.float32)
-        for i, weights_H in _weights(self.relative_H, temperatures):
-            if self.bonus_H is not None:
-                weights_H = weights_H * self.bonus_H
-            if len(self.starts):
-                sums = np.add.reduceat(weights_H.numpy(), self.starts)
-                carried_TKn[i, self.segments, self.rows] = sums
+        if len(self.starts):
+            for at, weights_CH in _weights(self.relative_H, temperatures, chains):
+                if self.bonus_H is not None:
+                    weights_CH = weights_CH * self.bonus_H
+                sums_CH = np.add.reduceat(weights_CH.numpy(), self.starts, axis=1)
+                carried_TKn[np.array(at)[:, None], self.segments, self.rows] = sums_CH
         return torch.from_numpy(carried_TKn).cumsum(1)
