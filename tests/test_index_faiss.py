@@ -103,10 +103,11 @@ def test_stored_keys_are_compared_in_place(metric, dim, dtype):
     index.nprobe = 5
     similarity, ids = index.search(queries, 320)  # some are in no list that is visited
     assert (index._refined is None) == (dtype == torch.bfloat16)
+    assert (ids >= 0).sum() < 9 * 300
     truth = similarities(queries, keys, metric)
     for row in range(9):
         there = ids[row] >= 0
-        assert 0 < there.sum() < 300
+        assert there.any()
         assert there.diff().sum() == 1  # what is missing stands last
         assert (similarity[row, ~there] == -torch.inf).all()
         assert (similarity[row].diff()[: there.sum() - 1] <= 0).all()
