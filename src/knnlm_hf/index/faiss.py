@@ -73,7 +73,8 @@ class FaissIndex(SearchIndex):
         self._hnsw = next((part.hnsw for part in parts if hasattr(part, "hnsw")), None)
         self._is_on_gpu = any(hasattr(part, "getDevice") for part in parts)
         has_own_space = any(hasattr(part, "chain") for part in parts)
-        self._lists_are_near = not (self._ivf is None or self._is_on_gpu or has_own_space)
+        has_lists = any(hasattr(part, "nlist") for part in parts)
+        self._lists_are_near = has_lists and not (self._is_on_gpu or has_own_space)
         self._host: FaissIndex | None = None
         self._set_threads = faiss.omp_set_num_threads
 
@@ -124,9 +125,9 @@ class FaissIndex(SearchIndex):
     def begin(
         self, queries_QD: Tensor, k: int, removed: Removed | None, hand_over: HandOver
     ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """As of any index; where that is one call of FAISS's, nothing but this is handed over.
+        """As of any index; where FAISS does all of it, nothing but its call is handed over.
 
-        It runs without the interpreter's lock. All else would wait for it, again and again, while
+        That runs without the interpreter's lock. All else would wait for it, again and again, while
         the model goes on.
         """
         rows, on_host = queries_QD.shape[0], queries_QD.device.type == "cpu"
@@ -139,7 +140,7 @@ class FaissIndex(SearchIndex):
 
     @property
     def _whole(self) -> Any | None:
-        """The `faiss.Index` that does all of it in one call; None where torch has to refine."""
+        """The `faiss.Index` that does all of it; None where torch has to refine."""
         whole = self.index if self.keys is None else self._refined
         return whole if whole is not None and whole.ntotal == len(self) else None
 

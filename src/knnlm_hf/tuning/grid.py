@@ -35,7 +35,7 @@ def knn_probabilities(
     all_similarity_NK, all_is_target_NK = found.similarity, found.is_target
     count = len(all_similarity_NK)
     matches_NK = found.matches if match_weight else None
-    result_TKN = torch.empty(len(temperatures), len(ks), count)
+    result_TKN = torch.empty(len(temperatures), len(ks), count, dtype=torch.float32)
     widths = [last - first for first, last in pairwise([0, *ks])]
     chains = _chains(temperatures)
 
@@ -46,7 +46,7 @@ def knn_probabilities(
         if matches_NK is not None:
             bonus_nK = (matches_NK[block, : ks[-1]] * match_weight).exp_()
         hits = _Hits(relative_nK, all_is_target_NK[block, : ks[-1]], ks, bonus_nK)
-        total_TKn = torch.empty(len(temperatures), len(ks), len(relative_nK))
+        total_TKn = torch.empty_like(result_TKN[:, :, block])
         for at, weights_CnK in _weights(relative_nK, temperatures, chains):
             if bonus_nK is not None:
                 weights_CnK = weights_CnK * bonus_nK
@@ -87,7 +87,8 @@ def _weights(
 
     What is yielded is valid until the next is.
     """
-    scale_C = torch.tensor([_LOG2_E / temperatures[chain[0]] for chain in chains])
+    hottest = [_LOG2_E / temperatures[chain[0]] for chain in chains]
+    scale_C = torch.tensor(hottest, dtype=torch.float32)
     weights = (relative * scale_C.view(-1, *[1] * relative.ndim)).exp2_()  # faster than exp
     yield [chain[0] for chain in chains], weights
     for step in range(1, len(chains[0])):
