@@ -126,9 +126,9 @@ def test_many_queries_are_answered_in_their_own_order(tmp_path, spec, dtype):
     """They are searched list by list, where there are lists."""
     keys, queries = clustered(400, 6, dtype=dtype), clustered(150, 6, seed=1, dtype=torch.float32)
     index = build(tmp_path, keys, spec)
-    order = index._neighbours_together(queries.numpy())
-    assert (order is None) == (not spec.startswith("IVF8"))
-    if order is not None:
+    assert index._has_order == spec.startswith("IVF8")
+    if index._has_order:
+        order = index._list_by_list(queries.numpy())
         assert sorted(order) == list(range(150)) != list(order)
     similarity, ids = index.search(queries, 30)
     for row in range(0, 150, 7):

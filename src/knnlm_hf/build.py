@@ -62,7 +62,8 @@ class Datastore(DatastoreReader):
             stride: new tokens per window, 1 ≤ stride ≤ window; None: half the window.
             batch_size: windows at a time; where a CPU has two cores, two forwards go side by side.
             dtype: of the keys: float32, float16 or bfloat16.
-            shard_size: entries per file.
+            shard_size: entries per file. A multiple of 2²⁰ fills whole huge pages of memory,
+                however wide the layer is: then the keys of all files lie in such as one array.
             resume: continue an unfinished store, and return a finished one of the same settings and
                 corpus; False: an existing store is an error.
             progress: show a progress bar on stderr.

@@ -6,10 +6,9 @@ similarity = FAISS's inner product         for ip: a similarity already, so not 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,9 @@ _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual
 _SORTED_ROWS = 64
 _MANY_QUERIES = 64
+"""So many are searched list by list."""
 _FEW_LISTS = 4096
+"""Among more, to find the nearest list once more would take what is gained by that."""
 
 
 class FaissIndex(SearchIndex):
@@ -72,9 +73,10 @@ class FaissIndex(SearchIndex):
         parts = list(parts_of(index))
         self._hnsw = next((part.hnsw for part in parts if hasattr(part, "hnsw")), None)
         self._is_on_gpu = any(hasattr(part, "getDevice") for part in parts)
-        has_own_space = any(hasattr(part, "chain") for part in parts)
-        has_lists = any(hasattr(part, "nlist") for part in parts)
-        self._lists_are_near = has_lists and not (self._is_on_gpu or has_own_space)
+        # Few lists, whose centres are in the queries' own space.
+        has_lists = any(hasattr(part, "nlist") for part in parts) and not self._is_on_gpu
+        is_moved = any(hasattr(part, "chain") for part in parts)
+        self._has_order = has_lists and not is_moved and self._ivf.nlist <= _FEW_LISTS
         self._host: FaissIndex | None = None
         self._set_threads = faiss.omp_set_num_threads
 
@@ -136,7 +138,7 @@ class FaissIndex(SearchIndex):
         if index is None:
             return super().begin(queries_QD, k, removed, hand_over)
         task = hand_over(self._call, index, self._checked(queries_QD).numpy(), k)
-        return functools.cache(lambda: self._read(task.result()))
+        return cache(lambda: self._read(task.result()))
 
     @property
     def _whole(self) -> Any | None:
@@ -151,24 +153,19 @@ class FaissIndex(SearchIndex):
         self._set_threads(min(torch.get_num_threads(), len(queries_QD)))
         if self._hnsw is not None and self._hnsw.efSearch < k:
             self._hnsw.efSearch = k  # subtle: FAISS stops early at efSearch, whatever k is
-        order_Q = self._neighbours_together(queries_QD)
-        if order_Q is None:
+        if not self._has_order or len(queries_QD) < _MANY_QUERIES:
             found: tuple[Any, Any] = index.search(queries_QD, k)
             return found
+        order_Q = self._list_by_list(queries_QD)
         distance_QK, ids_QK = index.search(queries_QD[order_Q], k)
         place_Q = order_Q.argsort()
         return distance_QK[place_Q], ids_QK[place_Q]
 
-    def _neighbours_together(self, queries_QD: Any) -> Any | None:
-        """An order of many queries in which those of one list follow each other.
+    def _list_by_list(self, queries_QD: Any) -> Any:
+        """An order in which queries of one inverted list follow each other.
 
-        They share candidates, which then are in the core's own cache: a tenth of the time. None
-        where there is nothing to gain, or to find the lists would take too long.
+        They share candidates, which then are in the core's own cache: a tenth of the time.
         """
-        if not self._lists_are_near or len(queries_QD) < _MANY_QUERIES:
-            return None
-        if self._ivf.nlist > _FEW_LISTS:
-            return None
         return self._ivf.quantizer.search(queries_QD, 1)[1][:, 0].argsort(kind="stable")
 
     def _read(self, found: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
