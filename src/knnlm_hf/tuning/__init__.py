@@ -110,9 +110,11 @@ def fit(
     """The settings of lowest perplexity on kept scores: arithmetic only, no retrieval.
 
     The options are `tune`'s. For given k and t the best λs are exact, for the log-likelihood is
-    concave in them (`tuning.shares`). k and t are taken from a grid, γ by steps of 1 from 0 while
-    that gains, then of ½ and ¼, on some 32,768 of the tokens where there are many more; of several
-    memories one memory's at a time, the others as they are, until none changes.
+    concave in them (`tuning.shares`). k and t are taken from a grid, of which temperatures that a
+    sample of the tokens tells to be worse than the best, by six standard errors of the difference,
+    are not looked at on all tokens (`tuning.race`). γ is taken by steps of 1 from 0 while that
+    gains, then of ½ and ¼, on some 32,768 of the tokens where there are many more. Of several
+    memories one memory's settings are fitted at a time, the others as they are, until none changes.
     """
     for name, grid in (("ks", ks), ("temperatures", temperatures), ("lmbdas", lmbdas)):
         if grid is not None and not len(grid):

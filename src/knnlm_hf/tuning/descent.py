@@ -16,6 +16,7 @@ from knnlm_hf.interpolation import default_temperature
 from knnlm_hf.memory import Evidence
 from knnlm_hf.scores import TokenScores
 from knnlm_hf.tuning.grid import knn_probabilities
+from knnlm_hf.tuning.race import contenders, sample
 from knnlm_hf.tuning.shares import best_of, best_share, best_shares
 from knnlm_hf.types import MOST_MATCH_WEIGHT, check_k, check_lmbdas, check_temperature
 
@@ -32,6 +33,7 @@ _FINER = (0.5, 0.25)
 """Steps of γ, after whole ones."""
 _WORTH_IT = 1e-4
 """Nats that a t beyond the grid must gain: towards 0 and ∞ the gain only creeps to its limit."""
+_ALL = slice(None)
 
 
 class Choice(NamedTuple):
@@ -49,6 +51,8 @@ class _Found(NamedTuple):
     """Mean log-likelihood over the model's own, in nats."""
     lmbda: float
     choice: Choice
+    mixed: Tensor
+    """(N,) P of the mixture over P_LM, of the tokens that were looked at."""
 
 
 class Descent:
@@ -135,8 +139,7 @@ class Descent:
         """The best k and t of one memory for one γ (None: it has none)."""
         ks = self.ks[number]
         if self.temperatures is not None:
-            grid = self._grid(number, lmbdas, ks, self.temperatures, match_weight)
-            return max(grid, key=_preference)
+            return self._best(number, lmbdas, ks, self.temperatures, match_weight)
         best = self._widely(number, lmbdas, match_weight)
         if best.choice.temperature and best.choice.k:
             near = [best.choice.temperature * 2 ** (step / 15) for step in range(-4, 5) if step]
@@ -148,7 +151,7 @@ class Descent:
         """The best of a grid of ten octaves, and of five more while its end is the best."""
         ks, middle = self.ks[number], self.middles[number]
         grid = [middle * 2 ** (step / 3) for step in range(-15, 15)]
-        best = max(self._grid(number, lmbdas, ks, grid, match_weight), key=_preference)
+        best = self._best(number, lmbdas, ks, grid, match_weight)
         for _ in range(_EXTENSIONS):
             if best.choice.temperature == grid[0]:
                 more = [grid[0] * 2 ** (step / 3) for step in range(-15, 0)]
@@ -158,11 +161,28 @@ class Descent:
                 grid = [*grid, *more]
             else:
                 break
-            further = max(self._grid(number, lmbdas, ks, more, match_weight), key=_preference)
+            further = self._best(number, lmbdas, ks, more, match_weight)
             if further.gain < best.gain + _WORTH_IT:
                 break
             best = further
         return best
+
+    def _best(
+        self,
+        number: int,
+        lmbdas: tuple[float, ...],
+        ks: list[int],
+        temperatures: Sequence[float],
+        match_weight: float | None,
+    ) -> _Found:
+        """The best of a grid, of which only what is in the running is looked at on all tokens."""
+        rows = sample(len(self.inverse_N))
+        if rows is not None:
+            found = list(self._grid(number, lmbdas, ks, temperatures, match_weight, rows))
+            is_in = contenders(torch.stack([one.mixed for one in found]).log()).tolist()
+            running = {one.choice.temperature for one, ok in zip(found, is_in, strict=True) if ok}
+            temperatures = [temperature for temperature in temperatures if temperature in running]
+        return max(self._grid(number, lmbdas, ks, temperatures, match_weight), key=_preference)
 
     def _grid(
         self,
@@ -171,24 +191,29 @@ class Descent:
         ks: list[int],
         temperatures: Sequence[float],
         match_weight: float | None,
+        rows: slice = _ALL,
     ) -> Iterator[_Found]:
-        """The gain for each t and k, and the best λ there."""
-        rest_N = self.mixed(lmbdas, without=number)
+        """The gain for each t and k, and the best λ there, on some of the tokens."""
+        rest_N, inverse_N = self.mixed(lmbdas, without=number)[rows], self.inverse_N[rows]
+        found = self.memories[number][rows]
         candidates = self.candidates or []
-        rest_LN = [self.mixed(candidate, without=number) for candidate in candidates]
-        all_KN = knn_probabilities(self.memories[number], ks, temperatures, match_weight or 0.0)
+        rest_LN = [self.mixed(candidate, without=number)[rows] for candidate in candidates]
+        all_KN = knn_probabilities(found, ks, temperatures, match_weight or 0.0)
         for temperature, knn_KN in zip(temperatures, all_KN, strict=True):
             # A query without hits leaves its share to the model, as if both agreed.
-            ratio_KN = torch.where(knn_KN.isnan(), 1.0, knn_KN * self.inverse_N)
+            ratio_KN = torch.where(knn_KN.isnan(), 1.0, knn_KN * inverse_N)
             if self.candidates is None:
                 gain_K, lmbda_K = best_share(ratio_KN, rest_N)
+                mixed_KN = rest_N + lmbda_K[:, None] * (ratio_KN - rest_N)
             else:
                 own = [candidate[number] for candidate in candidates]
                 gain_K, index_K = best_of(ratio_KN, rest_LN, own).max(0)
                 lmbda_K = torch.tensor(own)[index_K]
+                rest_KN = torch.stack([rest_LN[index] for index in index_K.tolist()])
+                mixed_KN = rest_KN + lmbda_K[:, None] * (ratio_KN - 1)
             for row, k in enumerate(ks):
                 choice = Choice(temperature, k, match_weight, ratio_KN[row])
-                yield _Found(gain_K[row].item(), lmbda_K[row].item(), choice)
+                yield _Found(gain_K[row].item(), lmbda_K[row].item(), choice, mixed_KN[row])
 
 
 def _preference(found: _Found) -> tuple[float, float]:

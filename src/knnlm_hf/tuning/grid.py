@@ -1,7 +1,7 @@
 """p_kNN of every token for a whole grid of temperatures and k, without searching again.
 
 Shape suffixes: N token (n of a block), T temperature, C chain of them, K neighbour or k, H hit, a
-neighbour that carries the target.
+neighbour that carries the target, S the hits of one token between one k and the next.
 """
 
 from __future__ import annotations
@@ -103,24 +103,29 @@ class _Hits:
     def __init__(
         self, relative_nK: Tensor, is_target_nK: Tensor, ks: list[int], bonus_nK: Tensor | None
     ) -> None:
+        rows, width = is_target_nK.shape
         # numpy finds the few that are set five times as fast.
         place_H = torch.from_numpy(np.flatnonzero(is_target_nK.numpy()))
-        row_H, column_H = place_H // is_target_nK.shape[1], place_H % is_target_nK.shape[1]
-        self.relative_H = relative_nK[row_H, column_H]
-        self.bonus_H = None if bonus_nK is None else bonus_nK[row_H, column_H]
-        self.shape = (len(ks), relative_nK.shape[0])
-        # Neighbours are sorted: a query's hits under each k are a running sum over segments.
-        segment_H = torch.bucketize(column_H, torch.tensor(ks), right=True)
-        runs, self.starts = np.unique((row_H * len(ks) + segment_H).numpy(), return_index=True)
-        self.rows, self.segments = np.divmod(runs, len(ks))
+        self.relative_H = relative_nK.reshape(-1)[place_H]
+        self.bonus_H = None if bonus_nK is None else bonus_nK.reshape(-1)[place_H]
+        # Neighbours are sorted: a query's hits under each k are a running sum over segments, each
+        # of which ends where the next one begins.
+        ends_nS = torch.arange(0, rows * width, width)[:, None] + torch.tensor(ks)
+        ends = torch.searchsorted(place_H, ends_nS.view(-1)).numpy()
+        starts = np.concatenate([[0], ends[:-1]])
+        self.segments = np.flatnonzero(starts < ends)
+        self.starts = starts[self.segments]
+        self.shape = (rows, len(ks))
 
     def weights(self, temperatures: Sequence[float], chains: list[list[int]]) -> Tensor:
         """(T, len(ks), n) summed weight of the hits among the first k neighbours."""
-        carried_TKn = np.zeros((len(temperatures), *self.shape), dtype=np.float32)
+        carried_TS = np.zeros((len(temperatures), math.prod(self.shape)), dtype=np.float32)
         if len(self.starts):
             for at, weights_CH in _weights(self.relative_H, temperatures, chains):
                 if self.bonus_H is not None:
                     weights_CH = weights_CH * self.bonus_H
-                sums_CH = np.add.reduceat(weights_CH.numpy(), self.starts, axis=1)
-                carried_TKn[np.array(at)[:, None], self.segments, self.rows] = sums_CH
-        return torch.from_numpy(carried_TKn).cumsum(1)
+                sums_CS = np.add.reduceat(weights_CH.numpy(), self.starts, axis=1)
+                for i, sums_S in zip(at, sums_CS, strict=True):
+                    carried_TS[i, self.segments] = sums_S
+        carried_TnK = torch.from_numpy(carried_TS).view(-1, *self.shape)
+        return carried_TnK.cumsum(2).transpose(1, 2)
