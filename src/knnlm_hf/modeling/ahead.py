@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from knnlm_hf.capture import Collector
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import has_hit
-from knnlm_hf.memory import HybridMemory, KNNMemory
+from knnlm_hf.memory import Head, HybridMemory, KNNMemory
 from knnlm_hf.memory.product import usual_is_slow
 from knnlm_hf.memory.text import reads
 from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
@@ -105,7 +105,8 @@ class Answer(NamedTuple):
 def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answer:
     """The memory's answer to states (..., D), on `device` (None: on theirs)."""
     log_probs = memory.log_probs(states).to(device or states.device)
-    return Answer(log_probs, has_hit(log_probs))
+    # A head always says something, and to look at all V would take as long as to mix them.
+    return Answer(log_probs, None if isinstance(memory, Head) else has_hit(log_probs))
 
 
 _SEARCH_APART = KNNMemory, HybridMemory
