@@ -208,7 +208,7 @@ def main() -> None:
     )
     parser.add_argument("--k", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--build-tokens", type=int, default=50_000)
+    parser.add_argument("--build-tokens", type=int, default=200_000)
     parser.add_argument("--eval-tokens", type=int, default=10_000)
     parser.add_argument("--exact-tokens", type=int, default=2_000)
     parser.add_argument("--scratch", default=tempfile.gettempdir())

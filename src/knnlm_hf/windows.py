@@ -74,7 +74,7 @@ class Batch:
     @property
     def new(self) -> int:
         """How many predictions of the batch are new."""
-        return int(self.is_new.sum())
+        return int(np.count_nonzero(self.is_new.numpy()))
 
     @property
     def attention_mask(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -138,7 +139,7 @@ class StoreBuild:
         hidden_BTD = states(self.model, self.point, input_ids, **masked)
         hidden_ND = hidden_BTD[batch.is_new.to(hidden_BTD.device)]
         keys_ND = hidden_ND.to("cpu", DTYPES[self.manifest.dtype])
-        if not bool(keys_ND.isfinite().all()):
+        if not all(math.isfinite(bound) for bound in keys_ND.aminmax()):
             self._refuse(batch, hidden_ND.cpu(), keys_ND)
         return keys_ND
 
