@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from knnlm_hf import Datastore
+from knnlm_hf import Datastore, KNNLMForCausalLM
 from knnlm_hf.errors import KNNLMError, SettingError
 from knnlm_hf.memory import centroids as module
 from knnlm_hf.memory import soft_counts
@@ -260,3 +260,13 @@ def test_bad_input(store):
         head(torch.zeros(2, 4), torch.tensor([0, 3]))
     with pytest.raises(KNNLMError, match="3-d"):
         head.log_probs(torch.zeros(1, 3))
+
+
+def test_one_that_knows_nothing_leaves_its_share_to_the_model():
+    model = tiny.gpt2()
+    blank = CentroidMemory(model.config.n_embd, model.config.vocab_size, layer="final")
+    ids = torch.randint(0, model.config.vocab_size, (2, 5))
+    with torch.no_grad():
+        mixed = KNNLMForCausalLM(model, blank, lmbda=0.25)(ids).logits
+        expected = model(ids).logits.log_softmax(-1)
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-5)

@@ -97,8 +97,8 @@ class Evidence:
             raise SettingError(f"k is {k}, but only {kept} neighbours were scored: score again")
         return self.similarity[:, :k], self.is_target[:, :k]
 
-    def __getitem__(self, rows: slice) -> Evidence:
-        """Of some of the tokens."""
+    def __getitem__(self, rows: slice | Tensor) -> Evidence:
+        """Of some of the tokens: a slice, or a tensor of their places."""
         columns = {name: getattr(self, name) for name in _COLUMNS}
         some: Any = {n: None if c is None else c[rows] for n, c in columns.items()}
         return replace(self, **some)

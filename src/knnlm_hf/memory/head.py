@@ -58,6 +58,8 @@ class Head(HeadFiles, nn.Module):
     """Its name in files and on the command line."""
     usual: ClassVar[Recipe] = Recipe()
     """How its kind is trained unless one says otherwise."""
+    always_speaks: ClassVar[bool] = False
+    """Whether no state is ever given −inf for all tokens; then a mixture need not look for that."""
 
     trained: Trained | None
     """What training did; None for a head that was not trained by `train_on`."""

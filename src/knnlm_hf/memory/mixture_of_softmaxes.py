@@ -37,6 +37,7 @@ class MixtureOfSoftmaxes(Head):
     """
 
     kind = "mixture_of_softmaxes"
+    always_speaks = True
     negatives: int | None = None
     """Tokens drawn for a training step's denominators, see `sampled_loss`; None: all."""
 

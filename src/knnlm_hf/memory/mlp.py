@@ -43,6 +43,7 @@ class MLPMemory(Head):
     """
 
     kind = "mlp"
+    always_speaks = True
     negatives: int | None = None
     """How many tokens stand for the rest in a training step; set while it is trained with a
     recipe that says so."""

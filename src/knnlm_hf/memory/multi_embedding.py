@@ -41,6 +41,7 @@ class MultiEmbeddingHead(Head):
     """
 
     kind = "multi_embedding"
+    always_speaks = True
     usual = Recipe(lr=5e-3)
     row_tokens: Tensor
     first_rows: Tensor

@@ -105,8 +105,9 @@ class Answer(NamedTuple):
 def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answer:
     """The memory's answer to states (..., D), on `device` (None: on theirs)."""
     log_probs = memory.log_probs(states).to(device or states.device)
-    # A head always says something, and to look at all V would take as long as to mix them.
-    return Answer(log_probs, None if isinstance(memory, Head) else has_hit(log_probs))
+    # To look at all V would take as long as to mix them.
+    always = isinstance(memory, Head) and memory.always_speaks
+    return Answer(log_probs, None if always else has_hit(log_probs))
 
 
 _SEARCH_APART = KNNMemory, HybridMemory

@@ -111,8 +111,9 @@ def fit(
 
     The options are `tune`'s. For given k and t the best λs are exact, for the log-likelihood is
     concave in them (`tuning.shares`). k and t are taken from a grid, of which temperatures that a
-    sample of the tokens tells to be worse than the best, by six standard errors of the difference,
-    are not looked at on all tokens (`tuning.race`). γ is taken by steps of 1 from 0 while that
+    sample of 2,048 or more tokens tells to be worse than the best, by six standard errors of the
+    difference and 0.001 nats, are not looked at on all tokens, where these are 10,240 or more
+    (`tuning.race`). γ is taken by steps of 1 from 0 while that
     gains, then of ½ and ¼, on some 32,768 of the tokens where there are many more. Of several
     memories one memory's settings are fitted at a time, the others as they are, until none changes.
     """

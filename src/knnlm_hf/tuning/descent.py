@@ -5,8 +5,9 @@ Shape suffixes: N token, K k, L candidate.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +34,6 @@ _FINER = (0.5, 0.25)
 """Steps of γ, after whole ones."""
 _WORTH_IT = 1e-4
 """Nats that a t beyond the grid must gain: towards 0 and ∞ the gain only creeps to its limit."""
-_ALL = slice(None)
 
 
 class Choice(NamedTuple):
@@ -52,7 +52,7 @@ class _Found(NamedTuple):
     lmbda: float
     choice: Choice
     mixed: Tensor
-    """(N,) P of the mixture over P_LM, of the tokens that were looked at."""
+    """(N,) P of the mixture over P_LM."""
 
 
 class Descent:
@@ -176,13 +176,22 @@ class Descent:
         match_weight: float | None,
     ) -> _Found:
         """The best of a grid, of which only what is in the running is looked at on all tokens."""
-        rows = sample(len(self.inverse_N))
-        if rows is not None:
-            found = list(self._grid(number, lmbdas, ks, temperatures, match_weight, rows))
+        rows_n = sample(len(self.inverse_N))
+        if rows_n is not None:
+            settings = number, lmbdas, ks, temperatures, match_weight
+            found = list(self._of(rows_n)._grid(*settings))
             is_in = contenders(torch.stack([one.mixed for one in found]).log()).tolist()
             running = {one.choice.temperature for one, ok in zip(found, is_in, strict=True) if ok}
             temperatures = [temperature for temperature in temperatures if temperature in running]
         return max(self._grid(number, lmbdas, ks, temperatures, match_weight), key=_preference)
+
+    def _of(self, rows_n: Tensor) -> Self:
+        """The same search on some of the tokens."""
+        part = copy.copy(self)
+        part.memories = tuple(found[rows_n] for found in self.memories)
+        part.inverse_N = self.inverse_N[rows_n]
+        part.chosen = [choice._replace(ratio=choice.ratio[rows_n]) for choice in self.chosen]
+        return part
 
     def _grid(
         self,
@@ -191,17 +200,15 @@ class Descent:
         ks: list[int],
         temperatures: Sequence[float],
         match_weight: float | None,
-        rows: slice = _ALL,
     ) -> Iterator[_Found]:
-        """The gain for each t and k, and the best λ there, on some of the tokens."""
-        rest_N, inverse_N = self.mixed(lmbdas, without=number)[rows], self.inverse_N[rows]
-        found = self.memories[number][rows]
+        """The gain for each t and k, and the best λ there."""
+        rest_N = self.mixed(lmbdas, without=number)
         candidates = self.candidates or []
-        rest_LN = [self.mixed(candidate, without=number)[rows] for candidate in candidates]
-        all_KN = knn_probabilities(found, ks, temperatures, match_weight or 0.0)
+        rest_LN = [self.mixed(candidate, without=number) for candidate in candidates]
+        all_KN = knn_probabilities(self.memories[number], ks, temperatures, match_weight or 0.0)
         for temperature, knn_KN in zip(temperatures, all_KN, strict=True):
             # A query without hits leaves its share to the model, as if both agreed.
-            ratio_KN = torch.where(knn_KN.isnan(), 1.0, knn_KN * inverse_N)
+            ratio_KN = torch.where(knn_KN.isnan(), 1.0, knn_KN * self.inverse_N)
             if self.candidates is None:
                 gain_K, lmbda_K = best_share(ratio_KN, rest_N)
                 mixed_KN = rest_N + lmbda_K[:, None] * (ratio_KN - rest_N)
