@@ -21,6 +21,20 @@ def three_threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("size", [3, 9])
+def test_in_inference_mode_the_caller_s_tensors_can_be_filled(three_threads, size):
+    with torch.inference_mode():
+        rows = torch.zeros(9)
+        over_blocks(lambda part: rows[part].add_(1), 9, size)
+        assert torch.equal(rows, torch.ones(9))
+        assert torch.is_inference_mode_enabled()
+    seen = []
+    with torch.enable_grad():
+        over_blocks(lambda part: seen.append(torch.is_grad_enabled()), 9, size)
+        assert torch.is_grad_enabled()
+    assert not any(seen)
+
+
 @pytest.mark.parametrize(("total", "size"), [(0, 4), (1, 4), (10, 3), (12, 3), (100, 1)])
 def test_every_row_once(three_threads, total, size):
     rows = torch.zeros(total)

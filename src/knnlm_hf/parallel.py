@@ -165,11 +165,12 @@ def over_blocks(work: Callable[[slice], None], total: int, size: int) -> None:
     """
     slices = [slice(start, min(start + size, total)) for start in range(0, total, size)]
     threads = min(torch.get_num_threads(), len(slices))
+    inferring = torch.is_inference_mode_enabled()  # then only a thread that is may fill its tensors
 
-    @torch.no_grad()
     def share(first: int) -> None:
-        for part in slices[first::threads]:
-            work(part)
+        with torch.inference_mode(inferring), torch.no_grad():
+            for part in slices[first::threads]:
+                work(part)
 
     if threads == 1:
         share(0)
