@@ -14,6 +14,7 @@ from knnlm_hf.datastore import reader as readers
 from knnlm_hf.datastore.ledger import Ledger
 from knnlm_hf.datastore.manifest import DATA_START, load
 from knnlm_hf.errors import DatastoreError
+from knnlm_hf.types import is_finite
 from knnlm_hf.windows import Document
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -337,3 +338,16 @@ def test_a_store_saved_by_someone_else_is_refused(tmp_path):
     save_file(load_file(path), path)
     with pytest.raises(DatastoreError, match=path.name):
         DatastoreReader.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_one_value_that_is_not_finite_is_seen_wherever_it_is(dtype):
+    assert is_finite(torch.empty(0, 4, dtype=dtype))
+    values = torch.randn(300, 70).to(dtype)
+    values[0, 0] = torch.finfo(dtype).max
+    assert is_finite(values)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for row, column in ((0, 0), (17, 33), (299, 69)):
+            spoilt = values.clone()
+            spoilt[row, column] = bad
+            assert not is_finite(spoilt)

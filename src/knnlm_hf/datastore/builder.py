@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,6 +22,7 @@ from knnlm_hf.datastore.manifest import DTYPES, NAME, Manifest
 from knnlm_hf.datastore.writer import ShardText, StoreWriter
 from knnlm_hf.errors import DatastoreError, KNNLMError
 from knnlm_hf.progress import track
+from knnlm_hf.types import is_finite
 from knnlm_hf.windows import Batch, batches
 
 
@@ -139,7 +139,7 @@ class StoreBuild:
         hidden_BTD = states(self.model, self.point, input_ids, **masked)
         hidden_ND = hidden_BTD[batch.is_new.to(hidden_BTD.device)]
         keys_ND = hidden_ND.to("cpu", DTYPES[self.manifest.dtype])
-        if not all(math.isfinite(bound) for bound in keys_ND.aminmax()):
+        if not is_finite(keys_ND):
             self._refuse(batch, hidden_ND.cpu(), keys_ND)
         return keys_ND
 

@@ -12,6 +12,7 @@ from knnlm_hf.datastore.atomic import file_sha256
 from knnlm_hf.datastore.shards import MappedShard
 from knnlm_hf.errors import DatastoreError
 from knnlm_hf.progress import track
+from knnlm_hf.types import is_finite
 
 if TYPE_CHECKING:
     from knnlm_hf.datastore.reader import DatastoreReader
@@ -50,5 +51,5 @@ def verify(store: DatastoreReader, progress: bool) -> None:
             raise DatastoreError(f"{path}: the document table reaches into the next shard")
         last_start, first = int(bounds[-2]), first + shard.rows
         for block in torch.split(mapped.keys, _CHECKED_ROWS):
-            if not bool(block.isfinite().all()):
+            if not is_finite(block):
                 raise DatastoreError(f"{path}: a key is NaN or infinite")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError
+from knnlm_hf.types import is_finite
 
 _RUN = 256  # consecutive entries that are read together
 _BUFFER_RUNS = 1024  # runs shuffled with each other: 262,144 entries
@@ -90,7 +91,7 @@ class Entries:
 
     def _read(self, ids_Q: Tensor) -> Batch:
         keys_QD = self.store.keys[ids_Q].float()
-        if not bool(keys_QD.isfinite().all()):
+        if not is_finite(keys_QD):
             raise KNNLMError(f"{self.store.path}: a key is not finite: build the store again")
         return Batch(keys_QD, self.store.values[ids_Q].long(), ids_Q)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.progress import bar
-from knnlm_hf.types import KeyRows, check_count
+from knnlm_hf.types import KeyRows, check_count, is_finite
 
 _DISTANCES = 1 << 23  # rows × centroids at a time
 
@@ -80,7 +80,7 @@ def nearest(
     norms_J = centroids_JD.square().sum(1)
     for ids_n in torch.split(ids_N, max(1, _DISTANCES // len(centroids_JD))):
         rows_nD = rows[ids_n].to(centroids_JD.device, torch.float32)
-        if not bool(rows_nD.isfinite().all()):
+        if not is_finite(rows_nD):
             raise KNNLMError("a key is not finite: build the store again")
         # |x − c|² less |x|², which is the same for all centroids.
         relative_nJ = torch.addmm(norms_J, rows_nD, centroids_JD.T, alpha=-2)
