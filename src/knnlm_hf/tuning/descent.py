@@ -46,13 +46,33 @@ class Choice(NamedTuple):
     """(N,) P over P_LM of each token; 1 where the memory has nothing to say."""
 
 
+class _Grid(NamedTuple):
+    """Settings of one memory to choose from."""
+
+    number: int
+    """Which memory."""
+    lmbdas: tuple[float, ...]
+    """λ of all memories, of which the others' count."""
+    ks: list[int]
+    temperatures: Sequence[float]
+    match_weight: float | None
+    """γ; None for a memory that has none."""
+
+
 class _Found(NamedTuple):
     gain: float
     """Mean log-likelihood over the model's own, in nats."""
     lmbda: float
     choice: Choice
-    mixed: Tensor
-    """(N,) P of the mixture over P_LM."""
+    rest: Tensor
+    """(N,) P of the mixture without this memory over P_LM."""
+    giver: Tensor | float
+    """What λ is taken from, over P_LM: all the rest alike, or the model alone, 1."""
+
+    @property
+    def mixed(self) -> Tensor:
+        """(N,) P of the mixture over P_LM."""
+        return self.rest + self.lmbda * (self.choice.ratio - self.giver)
 
 
 class Descent:
@@ -137,53 +157,45 @@ class Descent:
 
     def _with(self, match_weight: float | None, number: int, lmbdas: tuple[float, ...]) -> _Found:
         """The best k and t of one memory for one γ (None: it has none)."""
-        ks = self.ks[number]
+        grid = _Grid(number, lmbdas, self.ks[number], self.temperatures or [], match_weight)
         if self.temperatures is not None:
-            return self._best(number, lmbdas, ks, self.temperatures, match_weight)
-        best = self._widely(number, lmbdas, match_weight)
+            return self._best(grid)
+        best = self._widely(grid)
         if best.choice.temperature and best.choice.k:
             near = [best.choice.temperature * 2 ** (step / 15) for step in range(-4, 5) if step]
-            finer = self._grid(number, lmbdas, [best.choice.k], near, match_weight)
+            finer = self._grid(grid._replace(ks=[best.choice.k], temperatures=near))
             best = max(best, *finer, key=_preference)
         return best
 
-    def _widely(self, number: int, lmbdas: tuple[float, ...], match_weight: float | None) -> _Found:
-        """The best of a grid of ten octaves, and of five more while its end is the best."""
-        ks, middle = self.ks[number], self.middles[number]
-        grid = [middle * 2 ** (step / 3) for step in range(-15, 15)]
-        best = self._best(number, lmbdas, ks, grid, match_weight)
+    def _widely(self, grid: _Grid) -> _Found:
+        """The best of ten octaves of t, and of five more while their end is the best."""
+        middle = self.middles[grid.number]
+        wide = [middle * 2 ** (step / 3) for step in range(-15, 15)]
+        best = self._best(grid._replace(temperatures=wide))
         for _ in range(_EXTENSIONS):
-            if best.choice.temperature == grid[0]:
-                more = [grid[0] * 2 ** (step / 3) for step in range(-15, 0)]
-                grid = [*more, *grid]
-            elif best.choice.temperature == grid[-1]:
-                more = [grid[-1] * 2 ** (step / 3) for step in range(1, 16)]
-                grid = [*grid, *more]
+            if best.choice.temperature == wide[0]:
+                more = [wide[0] * 2 ** (step / 3) for step in range(-15, 0)]
+                wide = [*more, *wide]
+            elif best.choice.temperature == wide[-1]:
+                more = [wide[-1] * 2 ** (step / 3) for step in range(1, 16)]
+                wide = [*wide, *more]
             else:
                 break
-            further = self._best(number, lmbdas, ks, more, match_weight)
+            further = self._best(grid._replace(temperatures=more))
             if further.gain < best.gain + _WORTH_IT:
                 break
             best = further
         return best
 
-    def _best(
-        self,
-        number: int,
-        lmbdas: tuple[float, ...],
-        ks: list[int],
-        temperatures: Sequence[float],
-        match_weight: float | None,
-    ) -> _Found:
+    def _best(self, grid: _Grid) -> _Found:
         """The best of a grid, of which only what is in the running is looked at on all tokens."""
         rows_n = sample(len(self.inverse_N))
         if rows_n is not None:
-            settings = number, lmbdas, ks, temperatures, match_weight
-            found = list(self._of(rows_n)._grid(*settings))
+            found = list(self._of(rows_n)._grid(grid))
             is_in = contenders(torch.stack([one.mixed for one in found]).log()).tolist()
             running = {one.choice.temperature for one, ok in zip(found, is_in, strict=True) if ok}
-            temperatures = [temperature for temperature in temperatures if temperature in running]
-        return max(self._grid(number, lmbdas, ks, temperatures, match_weight), key=_preference)
+            grid = grid._replace(temperatures=[t for t in grid.temperatures if t in running])
+        return max(self._grid(grid), key=_preference)
 
     def _of(self, rows_n: Tensor) -> Self:
         """The same search on some of the tokens."""
@@ -193,34 +205,28 @@ class Descent:
         part.chosen = [choice._replace(ratio=choice.ratio[rows_n]) for choice in self.chosen]
         return part
 
-    def _grid(
-        self,
-        number: int,
-        lmbdas: tuple[float, ...],
-        ks: list[int],
-        temperatures: Sequence[float],
-        match_weight: float | None,
-    ) -> Iterator[_Found]:
+    def _grid(self, grid: _Grid) -> Iterator[_Found]:
         """The gain for each t and k, and the best λ there."""
+        number, lmbdas, ks, temperatures, match_weight = grid
         rest_N = self.mixed(lmbdas, without=number)
         candidates = self.candidates or []
         rest_LN = [self.mixed(candidate, without=number) for candidate in candidates]
+        rests: list[tuple[Tensor, Tensor | float]]
         all_KN = knn_probabilities(self.memories[number], ks, temperatures, match_weight or 0.0)
         for temperature, knn_KN in zip(temperatures, all_KN, strict=True):
             # A query without hits leaves its share to the model, as if both agreed.
             ratio_KN = torch.where(knn_KN.isnan(), 1.0, knn_KN * self.inverse_N)
             if self.candidates is None:
                 gain_K, lmbda_K = best_share(ratio_KN, rest_N)
-                mixed_KN = rest_N + lmbda_K[:, None] * (ratio_KN - rest_N)
+                rests = [(rest_N, rest_N)] * len(ks)
             else:
                 own = [candidate[number] for candidate in candidates]
                 gain_K, index_K = best_of(ratio_KN, rest_LN, own).max(0)
                 lmbda_K = torch.tensor(own)[index_K]
-                rest_KN = torch.stack([rest_LN[index] for index in index_K.tolist()])
-                mixed_KN = rest_KN + lmbda_K[:, None] * (ratio_KN - 1)
+                rests = [(rest_LN[index], 1.0) for index in index_K.tolist()]
             for row, k in enumerate(ks):
                 choice = Choice(temperature, k, match_weight, ratio_KN[row])
-                yield _Found(gain_K[row].item(), lmbda_K[row].item(), choice, mixed_KN[row])
+                yield _Found(gain_K[row].item(), lmbda_K[row].item(), choice, *rests[row])
 
 
 def _preference(found: _Found) -> tuple[float, float]:
