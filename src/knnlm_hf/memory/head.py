@@ -255,8 +255,7 @@ class Head(HeadFiles, nn.Module):
             return cls._made(settings)
 
     def _chunks(self, rows_Q: Tensor) -> tuple[Tensor, ...]:
-        size = max(1, _CHUNK_ELEMENTS // self._width)
-        return (rows_Q,) if len(rows_Q) <= size else torch.split(rows_Q, size)
+        return torch.split(rows_Q, max(1, _CHUNK_ELEMENTS // self._width))
 
     def _flat(self, hidden: Tensor) -> Tensor:
         """(..., D) → (Q, D), of the head's device and dtype."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from knnlm_hf.capture import Collector
 from knnlm_hf.errors import KNNLMError
 from knnlm_hf.interpolation import has_hit
-from knnlm_hf.memory import Head, HybridMemory, KNNMemory
+from knnlm_hf.memory import HybridMemory, KNNMemory
 from knnlm_hf.memory.product import usual_is_slow
 from knnlm_hf.memory.text import reads
 from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
@@ -106,7 +106,7 @@ def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answ
     """The memory's answer to states (..., D), on `device` (None: on theirs)."""
     log_probs = memory.log_probs(states).to(device or states.device)
     # To look at all V would take as long as to mix them.
-    always = isinstance(memory, Head) and memory.always_speaks
+    always = getattr(memory, "always_speaks", False)
     return Answer(log_probs, None if always else has_hit(log_probs))
 
 
