@@ -234,6 +234,17 @@ def test_more_neighbours_than_entries(tmp_path, spec):
     assert (similarity[:, 40:] == -torch.inf).all()
 
 
+def test_a_search_leaves_torch_its_threads(tmp_path):
+    index = build(tmp_path, clustered(40, 8), "Flat")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        index.search(torch.zeros(1, 8), 2)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_one_entry_and_no_query(tmp_path):
     index = build(tmp_path, torch.ones(1, 5), "Flat")
     similarity, ids = index.search(torch.zeros(1, 5), 2)

@@ -148,11 +148,18 @@ class FaissIndex(SearchIndex):
 
     def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
         """FAISS's distances and ids, (Q, k) arrays."""
-        # FAISS has its own OpenMP: the setting is per thread, so it is made at every search.
-        # One query is not worth waking threads, which then spin while the model wants the cores.
-        self._set_threads(min(torch.get_num_threads(), len(queries_QD)))
         if self._hnsw is not None and self._hnsw.efSearch < k:
             self._hnsw.efSearch = k  # subtle: FAISS stops early at efSearch, whatever k is
+        # One query is not worth waking threads, which then spin while the model wants the cores.
+        # The setting is of this thread, and where both use one OpenMP, torch's as well.
+        threads = torch.get_num_threads()
+        self._set_threads(min(threads, len(queries_QD)))
+        try:
+            return self._in_order(index, queries_QD, k)
+        finally:
+            self._set_threads(threads)
+
+    def _in_order(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
         if not self._has_order or len(queries_QD) < _MANY_QUERIES:
             found: tuple[Any, Any] = index.search(queries_QD, k)
             return found
