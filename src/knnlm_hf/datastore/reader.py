@@ -148,7 +148,10 @@ class DatastoreReader:
     def values(self) -> Tensor:
         """(N,) int32, the token of each entry; mapped from the disk where there is one shard."""
         parts = [shard.values for shard in self._shards]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if len(parts) == 1:
+            return parts[0]
+        # By numpy, which asks for huge pages: a search looks values up in random order.
+        return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
 
     @cached_property
     def document_starts(self) -> Tensor:
