@@ -189,10 +189,10 @@ def test_a_moved_origin_is_refused_for_inner_products(tmp_path):
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])
 @pytest.mark.parametrize("dim", [1, 2, 7, 37, 61])
-@pytest.mark.parametrize("memory", [0, 1 << 40])
+@pytest.mark.parametrize("memory", [0, 60_000 * 25, 1 << 40])
 def test_auto_works_in_odd_dimensions(tmp_path, metric, dim, memory):
     keys = clustered(800, dim)
-    spec = choose(60_000, dim, memory=memory).replace("IVF128", "IVF8")
+    spec = choose(60_000, dim, memory=memory).replace("IVF256", "IVF8")
     ids = build(tmp_path, keys, spec, metric).search(keys[:5].float(), 10)[1]
     assert ids.shape == (5, 10)
     assert (ids >= 0).all()
@@ -204,11 +204,43 @@ def test_auto_works_in_odd_dimensions(tmp_path, metric, dim, memory):
 
 def test_auto_chooses_by_size_and_memory():
     assert choose(1000, 64) == "exact"
-    plenty = choose(2_700_000, 256, memory=1 << 40)
-    assert plenty == "IVF1024,PQ64x4fs,Refine(keys)"
-    assert choose(2_700_000, 255, memory=1 << 40).startswith("Pad256,IVF1024,PQ64x4fs")
-    assert choose(103_000_000, 1024, memory=100 << 30).endswith("PQ256")
-    assert choose(103_000_000, 1024, memory=20 << 30).endswith("PQ256x4fs")
+    assert choose(2_700_000, 256, memory=1 << 40) == "RR256,IVF2048,PQ256x4fs"
+    assert choose(2_700_000, 255, memory=1 << 40) == "RR255,IVF2048,PQ255x4fs"
+    assert choose(2_700_000, 16, memory=1 << 40) == "IVF2048,SQ8"
+    assert choose(103_000_000, 1024, memory=50 << 30) == "RR1024,IVF8192,PQ1024x4fs"
+    assert choose(103_000_000, 1023, memory=49 << 30) == "RR1024,IVF8192,PQ512x4fsr"
+    assert choose(103_000_000, 1022, memory=20 << 30) == "RR1024,IVF8192,PQ256x4fsr"
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_autos_similarities_hold_where_few_directions_vary_most(tmp_path, metric):
+    scale = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    scale[:2] *= 20
+    keys = (clustered(3000, 64) * scale).half()
+    auto = choose(60_000, 64, memory=1 << 40).replace("IVF256", "IVF8")
+
+    def error(spec):
+        return build(tmp_path, keys, spec, metric).info.self_check["distance_error"]
+
+    assert error(auto) < 0.03
+    assert error(auto.removeprefix("RR64,")) > 3 * error(auto)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("spec", ["RR16,IVF8,Flat", "PCA16,RR16,IVF8,Flat", "RR16,IVF8,PQ16x4fs"])
+def test_moved_queries_find_the_same_in_a_batch_as_alone(tmp_path, spec, metric):
+    if metric == "ip":
+        spec = spec.removeprefix("PCA16,")
+    keys = clustered(900, 16)
+    index = build(tmp_path, keys, spec, metric, nprobe=2)
+    queries = clustered(130, 16, seed=1).float()
+    batch = index.search(queries, 20)
+    for row, query in enumerate(queries):
+        alone = index.search(query[None], 20)
+        torch.testing.assert_close(batch[0][row], alone[0][0], rtol=1e-5, atol=1e-3)
+    if spec.endswith("Flat"):
+        true = np.take_along_axis(similarities(queries, keys, metric), batch[1].numpy(), axis=1)
+        np.testing.assert_allclose(batch[0], true, rtol=1e-4, atol=1e-3)
 
 
 def test_missing_hits_are_last_and_marked(tmp_path):

@@ -7,38 +7,42 @@ import os
 
 EXACT_BELOW = 50_000
 """Entries up to which exact search is fast enough that an index would only lose."""
-_KEYS_PER_CODE = 4
 _SMALLEST_QUANTISED = 32
+_ID_BYTES = 8
+_KINDS = [(1, "x4fs"), (2, "x4fsr"), (4, "x4fsr")]
+"""Dimensions per 4-bit code, and FAISS's name: `r` codes what is left of a key after its list's
+centre, which halves the error of coarse codes and takes a table per list and query."""
 
 
-def choose(entries: int, dim: int, *, bytes_per_value: int = 2, memory: int | None = None) -> str:
+def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
     """The spec that `auto` stands for.
 
     Args:
         entries: N.
         dim: D.
-        bytes_per_value: of the stored keys.
         memory: bytes the search may use; default: what the machine has available.
 
     Returns:
-        `exact` for a small store. Else inverted lists, entries coded by 4-bit product quantisation
-        of 4 dimensions each (N·D/8 bytes), candidates refined from the stored keys. Where the
-        stored keys do not fit in memory, refining would read them from the disk for every query:
-        then 8-bit codes (N·D/4 bytes), or 4-bit ones where those do not fit either.
+        `exact` for a small store. Else inverted lists, entries coded by 4 bits per dimension, from
+        which FAISS's fast scan takes candidates and similarities at once: N·(D/2 + 8) bytes, and no
+        key is read. Keys are rotated at random first. Distances stay what they are, while all
+        directions come to matter alike: a few of large variance, as models have, would leave the
+        others too few of the 255 steps of a scan's tables. Where that does not fit in memory,
+        4 bits for two dimensions, else for four.
     """
     if entries <= EXACT_BELOW:
         return "exact"
     memory = available_memory() if memory is None else memory
-    lists = 2 ** max(4, math.floor(math.log2(math.sqrt(entries))))
+    lists = 2 ** max(4, round(math.log2(math.sqrt(entries))))
     if dim < _SMALLEST_QUANTISED:
         return f"IVF{lists},SQ8"
-    parts = -(-dim // _KEYS_PER_CODE)
-    pad = "" if dim % _KEYS_PER_CODE == 0 else f"Pad{parts * _KEYS_PER_CODE},"
-    if entries * dim * bytes_per_value <= memory:
-        return f"{pad}IVF{lists},PQ{parts}x4fs,Refine(keys)"
-    if entries * (parts + 8) <= memory:
-        return f"{pad}IVF{lists},PQ{parts}"
-    return f"{pad}IVF{lists},PQ{parts}x4fs"
+    spec = ""
+    for each, kind in _KINDS:
+        codes = -(-dim // each)
+        spec = f"RR{codes * each},IVF{lists},PQ{codes}{kind}"
+        if entries * (-(-codes // 2) + _ID_BYTES) <= memory:
+            break
+    return spec
 
 
 def available_memory() -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from knnlm_hf.datastore.removal import Removed
     from knnlm_hf.parallel import HandOver
 
+R = TypeVar("R")
 _SPARE = 16  # candidates beyond k, and beyond a quarter more, where entries are removed
 
 
@@ -138,16 +138,21 @@ class SearchIndex(ABC):
         return self._search(queries_QD, k) if ordered else self._search_unordered(queries_QD, k)
 
     def begin(
-        self, queries_QD: Tensor, k: int, removed: Removed | None, hand_over: HandOver
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        self,
+        queries_QD: Tensor,
+        k: int,
+        removed: Removed | None,
+        hand_over: HandOver,
+        then: Callable[[Tensor, Tensor], R],
+    ) -> Callable[[], R]:
         """Begin a `search` that need not be ordered, and return what waits for its result.
 
         Args:
             queries_QD, k, removed: as of `search`.
             hand_over: has another thread do it.
+            then: makes the result of similarities and ids, in that thread too.
         """
-        search = functools.partial(self.search, ordered=False)
-        return hand_over(search, queries_QD, k, removed).result
+        return hand_over(lambda: then(*self.search(queries_QD, k, removed, ordered=False))).result
 
     def _checked(self, queries_QD: Tensor) -> Tensor:
         """The queries as float32 one behind the other, or an error of `search`."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
-from knnlm_hf.index.faiss_library import load_faiss, parts_of
+from knnlm_hf.index.faiss_library import load_faiss, moves_of, parts_of
 from knnlm_hf.index.faiss_refine import refined
 from knnlm_hf.parallel import over_blocks
 from knnlm_hf.types import KeyRows, Metric
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from knnlm_hf.datastore.removal import Removed
     from knnlm_hf.parallel import HandOver
 
+R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual
 _SORTED_ROWS = 64
@@ -70,18 +71,26 @@ class FaissIndex(SearchIndex):
         self.keys = keys
         self.scores_are_exact = keys is not None
         self._ivf = faiss.try_extract_index_ivf(index)
+        self._moves, self._moved_index = moves_of(index)
         parts = list(parts_of(index))
         self._hnsw = next((part.hnsw for part in parts if hasattr(part, "hnsw")), None)
         self._is_on_gpu = any(hasattr(part, "getDevice") for part in parts)
-        # Few lists, whose centres are in the queries' own space.
+        # Few lists, whose centres are in the space of the queries that are searched with.
         has_lists = any(hasattr(part, "nlist") for part in parts) and not self._is_on_gpu
-        is_moved = any(hasattr(part, "chain") for part in parts)
+        behind = self.index if self.keys is not None else self._moved_index
+        is_moved = any(hasattr(part, "chain") for part in parts_of(behind))
         self._has_order = has_lists and not is_moved and self._ivf.nlist <= _FEW_LISTS
         self._host: FaissIndex | None = None
         self._set_threads = faiss.omp_set_num_threads
 
     def __len__(self) -> int:
         return int(self.index.ntotal)
+
+    def with_keys(self, keys: KeyRows) -> FaissIndex:
+        """The same index with the stored keys behind it, which refine."""
+        twin = FaissIndex(self.index, self.metric, keys=keys)
+        twin.info = self.info
+        return twin
 
     @property
     def nprobe(self) -> int | None:
@@ -113,7 +122,7 @@ class FaissIndex(SearchIndex):
         if found == 0:
             return missing(rows, k, queries_QD.device)
         whole = self._whole
-        index = self.index if whole is None else whole
+        index = self._moved_index if whole is None else whole
         similarity_QK, ids_QK = self._read(self._call(index, queries_QD.cpu().numpy(), found))
         if whole is None:
             assert self.keys is not None
@@ -125,25 +134,30 @@ class FaissIndex(SearchIndex):
         return similarity_QK, ids_QK
 
     def begin(
-        self, queries_QD: Tensor, k: int, removed: Removed | None, hand_over: HandOver
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        """As of any index; where FAISS does all of it, nothing but its call is handed over.
+        self,
+        queries_QD: Tensor,
+        k: int,
+        removed: Removed | None,
+        hand_over: HandOver,
+        then: Callable[[Tensor, Tensor], R],
+    ) -> Callable[[], R]:
+        """As of any index; where FAISS does all of it, with few operations around its call.
 
-        That runs without the interpreter's lock. All else would wait for it, again and again, while
-        the model goes on.
+        That runs without the interpreter's lock. All else has to wait for it, again and again,
+        while the model goes on.
         """
         rows, on_host = queries_QD.shape[0], queries_QD.device.type == "cpu"
         usual = type(self) is FaissIndex and on_host and removed is None  # no ways of its own
         index = self._whole if usual and rows and k <= len(self) else None
         if index is None:
-            return super().begin(queries_QD, k, removed, hand_over)
-        task = hand_over(self._call, index, self._checked(queries_QD).numpy(), k)
-        return cache(lambda: self._read(task.result()))
+            return super().begin(queries_QD, k, removed, hand_over, then)
+        checked_QD = self._checked(queries_QD).numpy()
+        return hand_over(lambda: then(*self._read(self._call(index, checked_QD, k)))).result
 
     @property
     def _whole(self) -> Any | None:
         """The `faiss.Index` that does all of it; None where torch has to refine."""
-        whole = self.index if self.keys is None else self._refined
+        whole = self._moved_index if self.keys is None else self._refined
         return whole if whole is not None and whole.ntotal == len(self) else None
 
     def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
@@ -160,6 +174,9 @@ class FaissIndex(SearchIndex):
             self._set_threads(threads)
 
     def _in_order(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
+        if index is self._moved_index:
+            for move in self._moves:
+                queries_QD = move.apply(queries_QD)
         if not self._has_order or len(queries_QD) < _MANY_QUERIES:
             found: tuple[Any, Any] = index.search(queries_QD, k)
             return found
@@ -181,12 +198,13 @@ class FaissIndex(SearchIndex):
         if self.metric == "l2":
             np.negative(similarity_QK, out=similarity_QK)
             np.minimum(similarity_QK, 0, out=similarity_QK)
-        similarity_QK[ids_QK < 0] = -np.inf
-        if (most := int(ids_QK.max())) >= len(self):
-            raise SearchIndexError(
-                f"the FAISS index names entry {most}, it holds {len(self)}: it is "
-                "damaged, or its ids are not the entries' numbers: build it anew"
-            )
+        if ids_QK.view(np.uint64).max() >= len(self):  # at one look, a missing hit's −1 too
+            similarity_QK[ids_QK < 0] = -np.inf
+            if (most := int(ids_QK.max())) >= len(self):
+                raise SearchIndexError(
+                    f"the FAISS index names entry {most}, it holds {len(self)}: it is "
+                    "damaged, or its ids are not the entries' numbers: build it anew"
+                )
         return torch.from_numpy(similarity_QK), torch.from_numpy(ids_QK)
 
     @cached_property

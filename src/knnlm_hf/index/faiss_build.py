@@ -19,11 +19,11 @@ from knnlm_hf.types import KeyRows, Metric
 
 REFINE_KEYS = "Refine(keys)"
 _ADD_BLOCK = 1 << 16
-_TRAIN_PER_LIST = 256
+_TRAIN_PER_LIST = 128
 _TRAIN_LEAST = 1 << 16
 _TRAIN_BYTES = 2 << 30
 _MIN_LISTS_VISITED = 8
-_MIN_ENTRIES_VISITED = 20_000
+_MIN_ENTRIES_VISITED = 15_000
 
 
 def split_spec(spec: str) -> tuple[str, bool]:
@@ -129,13 +129,13 @@ def _cannot_build(spec: str, keys: KeyRows, error: BaseException) -> SearchIndex
 
 
 def default_nprobe(lists: int, entries: int) -> int:
-    """Lists to visit: 8, or as many as hold 20,000 entries, so that k=1024 has a choice."""
+    """Lists to visit: 8, or as many as hold 15,000 entries, so that k=1024 has a choice."""
     enough = -(-_MIN_ENTRIES_VISITED * lists // max(entries, 1))
     return min(lists, max(_MIN_LISTS_VISITED, enough))
 
 
 def _training_sample(keys: KeyRows, lists: int, seed: int) -> np.ndarray[Any, Any]:
-    """A uniform sample without replacement, float32: 256 keys per list, at most 2 GiB."""
+    """A uniform sample without replacement, float32: 128 keys per list, at most 2 GiB."""
     wanted = max(_TRAIN_PER_LIST * lists, _TRAIN_LEAST)
     affordable = max(_TRAIN_BYTES // (4 * keys.dim), 39 * lists)
     size = min(len(keys), wanted, affordable)

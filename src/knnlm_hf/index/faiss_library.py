@@ -34,6 +34,17 @@ def parts_of(index: Any) -> Iterator[Any]:
             yield from parts_of(getattr(index, below))
 
 
+def moves_of(index: Any) -> tuple[list[Any], Any]:
+    """The transforms in front of an index, first one first, and the index behind them."""
+    faiss = load_faiss()
+    moves: list[Any] = []
+    while hasattr(index := faiss.downcast_index(index), "chain"):
+        chain = index.chain
+        moves += [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
+        index = index.index
+    return moves, index
+
+
 def version() -> str:
     """Version of the installed faiss."""
     return str(load_faiss().__version__)

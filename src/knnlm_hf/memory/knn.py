@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SearchIndexError, SettingError
 from knnlm_hf.index import (
     ExactIndex,
+    FaissIndex,
     SearchIndex,
     available_memory,
     open_index,
@@ -87,6 +89,8 @@ class KNNMemory(KNNFiles, NeighbourMemory):
                 raise
             self.store = grown  # in between
             self.index = self._find_index(index)
+        if self.rescore and type(self.index) is FaissIndex and not self.index.scores_are_exact:
+            self.index = self.index.with_keys(self.store.keys)
         if self.rescore or self.index.scores_are_exact:
             self._prefetch_keys()
         self._temperature = temperature
@@ -150,15 +154,15 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         """
         queries = hidden.reshape(-1, hidden.shape[-1])
         self._check_queries(queries)
-        found = self.index.begin(queries, self.k, self.store.removed, hand_over)
 
-        def later() -> Neighbors:
-            similarity_QK, ids_QK = found()
+        def neighbours(similarity_QK: Tensor, ids_QK: Tensor) -> Neighbors:
             similarity_QK = self._rescored(queries, similarity_QK, ids_QK)
             return Neighbors(similarity_QK, ids_QK, self._tokens(ids_QK))
 
         twin = self._twin()
-        twin._found_later = later
+        twin._found_later = self.index.begin(
+            queries, self.k, self.store.removed, hand_over, neighbours
+        )
         return twin
 
     def _twin(self) -> Self:
@@ -282,6 +286,12 @@ class KNNMemory(KNNFiles, NeighbourMemory):
     def _tokens(self, ids_QK: Tensor) -> Tensor:
         """The values of the entries `ids_QK`; −1 for a missing hit, never the last entry's."""
         on_host_QK = ids_QK.to("cpu")
+        if len(on_host_QK) == 1:  # where numpy's operations are the quicker ones
+            ids_1K = on_host_QK.numpy()
+            tokens_1K = self.store.values.numpy().take(ids_1K).astype(np.int64)
+            if ids_1K.size and ids_1K.min() < 0:
+                tokens_1K[ids_1K < 0] = -1
+            return torch.from_numpy(tokens_1K).to(ids_QK.device)
         has_missing = on_host_QK.numel() > 0 and int(on_host_QK.min()) < 0
         known_QK = on_host_QK.clamp(min=0) if has_missing else on_host_QK
         tokens_n = self.store.values.index_select(0, known_QK.reshape(-1)).long()
