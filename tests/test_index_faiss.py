@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import copy
+import pickle
 import sys
 
 import numpy as np
@@ -12,7 +14,7 @@ from tiny import Keys
 
 from knnlm_hf.datastore.rows import Rows
 from knnlm_hf.errors import KNNLMError, SearchIndexError
-from knnlm_hf.index import FaissIndex, build_index, choose, selfcheck
+from knnlm_hf.index import FaissIndex, auto, build_index, choose, selfcheck
 
 faiss = pytest.importorskip("faiss")
 
@@ -224,6 +226,53 @@ def test_autos_similarities_hold_where_few_directions_vary_most(tmp_path, metric
 
     assert error(auto) < 0.03
     assert error(auto.removeprefix("RR64,")) > 3 * error(auto)
+
+
+def test_auto_refines_where_its_codes_are_too_coarse(tmp_path, monkeypatch):
+    monkeypatch.setattr(auto, "EXACT_BELOW", 100)
+    monkeypatch.setattr(selfcheck, "_K", 8)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(200, 64, generator=generator)
+    spread = centres[torch.randint(200, (2000,), generator=generator)]
+    for noise, refines in ((1.0, False), (0.02, True)):
+        keys = (spread + noise * torch.randn(2000, 64, generator=generator)).half()
+        index = build(tmp_path, keys, "auto")
+        assert index.info.factory == "RR64,IVF32,PQ64x4fs" + ",Refine(keys)" * refines
+        assert (index.info.spec, index.scores_are_exact) == ("auto", refines)
+        assert index.info.self_check["distance_error"] < 0.05
+        similarity, ids = index.search(keys[:70].float(), 10)
+        if refines:
+            truth = np.take_along_axis(similarities(keys[:70], keys, "l2"), ids.numpy(), axis=1)
+            np.testing.assert_allclose(similarity, truth, rtol=1e-3, atol=1e-3)
+    assert auto.must_refine({"distance_error": 0.2}, 10, memory=10)
+    assert not auto.must_refine({"distance_error": 0.2}, 11, memory=10)
+    assert not auto.must_refine({"queries": 0}, 1, memory=10)
+
+
+@pytest.mark.parametrize("spec", ["IVF8,SQ8", "RR16,IVF8,PQ16x4fs", "HNSW8"])
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda index: pickle.loads(pickle.dumps(index))])
+def test_a_copy_searches_for_itself(tmp_path, spec, again):
+    index = build(tmp_path, clustered(600, 16), spec)
+    queries = clustered(70, 16, seed=1).float()
+    expected = index.search(queries, 9)
+    twin = again(index)
+    for got, there in zip(twin.search(queries, 9), expected, strict=True):
+        torch.testing.assert_close(got, there)
+    if twin.nprobe is not None:
+        twin.nprobe = 1
+        assert index.nprobe != 1
+        assert not torch.equal(twin.search(queries, 99)[1], index.search(queries, 99)[1])
+
+
+def test_a_user_s_index_need_not_count_behind_its_transform():
+    keys = clustered(300, 8).float().numpy()
+    own = faiss.index_factory(8, "OPQ4,IVF4,Flat")
+    own.train(keys)
+    own.add(keys)
+    faiss.extract_index_ivf(own).ntotal = 0
+    np.testing.assert_array_equal(
+        FaissIndex(own).search(torch.from_numpy(keys[:3]), 3)[1], own.search(keys[:3], 3)[1]
+    )
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])

@@ -45,7 +45,7 @@ def the_file(folder):
 @pytest.mark.parametrize(
     "spec",
     ["exact", "Flat", "IVF4,Flat", "IVF4,PQ8x4fs,Refine(keys)", "IVF4,SQ8", "HNSW8", "PQ8x4",
-     "Pad20,IVF4,PQ5x4fs", "IVF4,PQ8x4fs,Refine(SQ8)"],
+     "Pad20,IVF4,PQ5x4fs", "IVF4,PQ8x4fs,Refine(SQ8)", "RR18,IVF4,PQ9x4fsr"],
 )  # fmt: skip
 def test_opened_is_what_was_built(tmp_path, keys, spec, metric):
     built = build(tmp_path, keys, spec, metric=metric)

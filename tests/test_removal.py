@@ -21,7 +21,7 @@ faiss = pytest.importorskip("faiss")
 
 SPECS = [
     "exact", "Flat", "IVF8,Flat", "IVF16,SQ8", "IVF8,PQ8x4fs,Refine(keys)", "PCA8,IVF8,Flat", "SQ8",
-    "PQ8x4", "HNSW16", "LSH,Refine(keys)",
+    "PQ8x4", "HNSW16", "LSH,Refine(keys)", "RR16,IVF8,PQ16x4fs",
 ]  # fmt: skip
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 
 EXACT_BELOW = 50_000
 """Entries up to which exact search is fast enough that an index would only lose."""
 _SMALLEST_QUANTISED = 32
+_MOST_ERROR = 0.1
+"""Of a distance. An error of 0.05 costs 0.2 % of the perplexity, see `docs/choose-an-index.md`."""
 _ID_BYTES = 8
 _KINDS = [(1, "x4fs"), (2, "x4fsr"), (4, "x4fsr")]
 """Dimensions per 4-bit code, and FAISS's name: `r` codes what is left of a key after its list's
@@ -28,7 +31,8 @@ def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
         key is read. Keys are rotated at random first. Distances stay what they are, while all
         directions come to matter alike: a few of large variance, as models have, would leave the
         others too few of the 255 steps of a scan's tables. Where that does not fit in memory,
-        4 bits for two dimensions, else for four.
+        4 bits for two dimensions, else for four. Where an index built so errs too much, the stored
+        keys refine it, see `must_refine`.
     """
     if entries <= EXACT_BELOW:
         return "exact"
@@ -43,6 +47,22 @@ def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
         if entries * (-(-codes // 2) + _ID_BYTES) <= memory:
             break
     return spec
+
+
+def must_refine(
+    self_check: Mapping[str, float], key_bytes: int, *, memory: int | None = None
+) -> bool:
+    """Whether the codes that `auto` chose turned out too coarse, and the stored keys can help.
+
+    So it is where neighbours are far closer than what the keys as a whole spread over.
+
+    Args:
+        self_check: of the index, see `self_check`.
+        key_bytes: of the stored keys, which refining reads.
+        memory: as of `choose`.
+    """
+    memory = available_memory() if memory is None else memory
+    return self_check.get("distance_error", 0.0) > _MOST_ERROR and key_bytes <= memory
 
 
 def available_memory() -> int:

@@ -70,6 +70,10 @@ class FaissIndex(SearchIndex):
         self.index = index
         self.keys = keys
         self.scores_are_exact = keys is not None
+        self._look_into(index)
+
+    def _look_into(self, index: Any) -> None:
+        faiss = load_faiss()
         self._ivf = faiss.try_extract_index_ivf(index)
         self._moves, self._moved_index = moves_of(index)
         parts = list(parts_of(index))
@@ -83,14 +87,17 @@ class FaissIndex(SearchIndex):
         self._host: FaissIndex | None = None
         self._set_threads = faiss.omp_set_num_threads
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is read from the index: in a copy it is to be read from the copy."""
+        derived = "_ivf", "_moves", "_moved_index", "_hnsw", "_host", "_set_threads", "_refined"
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._look_into(self.index)
+
     def __len__(self) -> int:
         return int(self.index.ntotal)
-
-    def with_keys(self, keys: KeyRows) -> FaissIndex:
-        """The same index with the stored keys behind it, which refine."""
-        twin = FaissIndex(self.index, self.metric, keys=keys)
-        twin.info = self.info
-        return twin
 
     @property
     def nprobe(self) -> int | None:
@@ -157,7 +164,9 @@ class FaissIndex(SearchIndex):
     @property
     def _whole(self) -> Any | None:
         """The `faiss.Index` that does all of it; None where torch has to refine."""
-        whole = self._moved_index if self.keys is None else self._refined
+        if self.keys is None:
+            return self._moved_index
+        whole = self._refined
         return whole if whole is not None and whole.ntotal == len(self) else None
 
     def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:

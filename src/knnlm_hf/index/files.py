@@ -9,7 +9,7 @@ from torch import Tensor
 
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index import faiss, faiss_build, faiss_files, faiss_library, records
-from knnlm_hf.index.auto import choose
+from knnlm_hf.index.auto import choose, must_refine
 from knnlm_hf.index.base import IndexInfo, SearchIndex
 from knnlm_hf.index.exact import ExactIndex
 from knnlm_hf.index.selfcheck import self_check
@@ -76,7 +76,13 @@ def build_index(
         refines = faiss_build.split_spec(factory)[1]
         index = wrapped = faiss.FaissIndex(filled, metric, keys=keys if refines else None)
         facts |= {"nprobe": wrapped.nprobe, "faiss_version": faiss_library.version()}
-    facts["self_check"] = self_check(index, keys, values, seed=seed, removed=removed)
+    check = self_check(index, keys, values, seed=seed, removed=removed)
+    key_bytes = len(keys) * keys.dim * keys[:1].element_size()
+    if spec == "auto" and filled is not None and must_refine(check, key_bytes):
+        factory = f"{factory},{faiss_build.REFINE_KEYS}"
+        index = faiss.FaissIndex(filled, metric, keys=keys)
+        check = self_check(index, keys, values, seed=seed, removed=removed)
+    facts |= {"factory": factory, "self_check": check}
     home = records.home_of(folder, metric, factory)
     info = records.write(home, filled, facts)
     records.drop_replaced(folder, digest)

@@ -17,7 +17,6 @@ from knnlm_hf.datastore import DatastoreReader
 from knnlm_hf.errors import KNNLMError, SearchIndexError, SettingError
 from knnlm_hf.index import (
     ExactIndex,
-    FaissIndex,
     SearchIndex,
     available_memory,
     open_index,
@@ -89,8 +88,6 @@ class KNNMemory(KNNFiles, NeighbourMemory):
                 raise
             self.store = grown  # in between
             self.index = self._find_index(index)
-        if self.rescore and type(self.index) is FaissIndex and not self.index.scores_are_exact:
-            self.index = self.index.with_keys(self.store.keys)
         if self.rescore or self.index.scores_are_exact:
             self._prefetch_keys()
         self._temperature = temperature

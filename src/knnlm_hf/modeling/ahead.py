@@ -117,8 +117,8 @@ _SEARCH_APART = KNNMemory, HybridMemory
 def _begin(memory: Any, states: Tensor) -> Callable[[], Any]:
     """Have another thread search, or answer; what is returned waits for that.
 
-    All but the search is done later where it can be: there every operation waits for the
-    interpreter's lock, which the model has.
+    All but the search for neighbours is done later where it can be: there every operation waits for
+    the interpreter's lock, which the model has.
     """
     if type(memory) in _SEARCH_APART:
         twin = memory.searching(states, pool.submit)

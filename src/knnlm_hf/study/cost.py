@@ -7,7 +7,7 @@ from knnlm_hf.study.study import Study
 _LM_FLOPS = 4e10
 """Multiply-adds a second in a language model's matrix products, both cores."""
 _SEARCHES = 2500
-"""Approximate searches a second at k=1024, scores from the keys included."""
+"""Approximate searches a second at k=1024, true scores from the keys included."""
 _EXACT_FLOPS = 4e10
 """Multiply-adds a second of exact search."""
 _INDEXED = 80_000

@@ -1,6 +1,6 @@
 """Queries → neighbours, once per index: the three mask × score modes of the paper.
 
-    auto    the library's own choice: approximate mask, true scores where memory allows
+    auto    the library's own choice: approximate mask, scores as the index has them
     codes   a product quantiser: index mask, index scores (and, from one search, true scores)
     exact   true mask, true scores
 
