@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -152,7 +153,14 @@ class SearchIndex(ABC):
             hand_over: has another thread do it.
             then: makes the result of similarities and ids, in that thread too.
         """
-        return hand_over(lambda: then(*self.search(queries_QD, k, removed, ordered=False))).result
+        search = self._prepared(queries_QD, k, removed)
+        return hand_over(lambda: then(*search())).result
+
+    def _prepared(
+        self, queries_QD: Tensor, k: int, removed: Removed | None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        """What is handed over to `begin` such a search; a kind may do a part of it here."""
+        return functools.partial(self.search, queries_QD, k, removed, ordered=False)
 
     def _checked(self, queries_QD: Tensor) -> Tensor:
         """The queries as float32 one behind the other, or an error of `search`."""

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from functools import cached_property
 from threading import Lock
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,9 +27,7 @@ from knnlm_hf.types import KeyRows, Metric
 
 if TYPE_CHECKING:
     from knnlm_hf.datastore.removal import Removed
-    from knnlm_hf.parallel import HandOver
 
-R = TypeVar("R")
 _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual
 _SORTED_ROWS = 64
@@ -70,10 +68,10 @@ class FaissIndex(SearchIndex):
         self.index = index
         self.keys = keys
         self.scores_are_exact = keys is not None
-        self._look_into(index)
+        self._look_into_index()
 
-    def _look_into(self, index: Any) -> None:
-        faiss = load_faiss()
+    def _look_into_index(self) -> None:
+        faiss, index = load_faiss(), self.index
         self._ivf = faiss.try_extract_index_ivf(index)
         self._moves, self._moved_index = moves_of(index)
         parts = list(parts_of(index))
@@ -81,7 +79,7 @@ class FaissIndex(SearchIndex):
         self._is_on_gpu = any(hasattr(part, "getDevice") for part in parts)
         # Few lists, whose centres are in the space of the queries that are searched with.
         has_lists = any(hasattr(part, "nlist") for part in parts) and not self._is_on_gpu
-        behind = self.index if self.keys is not None else self._moved_index
+        behind = index if self.keys is not None else self._moved_index
         is_moved = any(hasattr(part, "chain") for part in parts_of(behind))
         self._has_order = has_lists and not is_moved and self._ivf.nlist <= _FEW_LISTS
         self._host: FaissIndex | None = None
@@ -94,7 +92,7 @@ class FaissIndex(SearchIndex):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._look_into(self.index)
+        self._look_into_index()
 
     def __len__(self) -> int:
         return int(self.index.ntotal)
@@ -140,14 +138,9 @@ class FaissIndex(SearchIndex):
             ids_QK = pad(ids_QK, (0, k - found), value=-1)
         return similarity_QK, ids_QK
 
-    def begin(
-        self,
-        queries_QD: Tensor,
-        k: int,
-        removed: Removed | None,
-        hand_over: HandOver,
-        then: Callable[[Tensor, Tensor], R],
-    ) -> Callable[[], R]:
+    def _prepared(
+        self, queries_QD: Tensor, k: int, removed: Removed | None
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
         """As of any index; where FAISS does all of it, with few operations around its call.
 
         That runs without the interpreter's lock. All else has to wait for it, again and again,
@@ -157,9 +150,9 @@ class FaissIndex(SearchIndex):
         usual = type(self) is FaissIndex and on_host and removed is None  # no ways of its own
         index = self._whole if usual and rows and k <= len(self) else None
         if index is None:
-            return super().begin(queries_QD, k, removed, hand_over, then)
+            return super()._prepared(queries_QD, k, removed)
         checked_QD = self._checked(queries_QD).numpy()
-        return hand_over(lambda: then(*self._read(self._call(index, checked_QD, k)))).result
+        return lambda: self._read(self._call(index, checked_QD, k))
 
     @property
     def _whole(self) -> Any | None:
