@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import copy
+import itertools
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +17,8 @@ from tiny import Keys
 from knnlm_hf.datastore.rows import Rows
 from knnlm_hf.errors import KNNLMError, SearchIndexError
 from knnlm_hf.index import FaissIndex, auto, build_index, choose, selfcheck
+from knnlm_hf.index import faiss as index_faiss
+from knnlm_hf.index.faiss_build import default_nprobe
 
 faiss = pytest.importorskip("faiss")
 
@@ -61,6 +65,7 @@ SPECS = [
     ("IVF8,PQ16x4", 0.3, 0.2),
     ("IVF8,SQ8", 0.9, 0.01),
     ("IVF8,PQ16x4fs", 0.3, 0.2),
+    ("IVF16(PQ16x4fs),PQ16x4fs", 0.3, 0.2),
     ("IVF8,PQ16x4fs,Refine(SQ8)", 0.3, 0.02),
     ("IVF8,PQ16x4fs,Refine(keys)", 0.3, 1e-5),
     ("PQ16x4fs,Refine(keys)", 0.3, 1e-5),
@@ -139,6 +144,90 @@ def test_many_queries_are_answered_in_their_own_order(tmp_path, spec, dtype):
         assert set(ids[row].tolist()) == set(same_ids[0].tolist())
 
 
+@pytest.mark.parametrize("spec", ["IVF8,PQ6x4fs", "RR6,IVF8,PQ6x4fs", "IVF8,PQ6x4fs,Refine(keys)"])
+def test_a_fast_scan_alone_is_not_searched_list_by_list(tmp_path, spec):
+    index = build(tmp_path, clustered(700, 6), spec)
+    assert index._has_order == spec.endswith("Refine(keys)")
+
+
+SHARED = ["IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4", "IVF8,PQ8x4fs", "RR8,IVF16(PQ8x4fs),PQ8x4fs"]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("spec", SHARED)
+def test_cores_share_the_lists_of_one_query(tmp_path, spec, metric, threads, monkeypatch):
+    """What they find together is what one finds alone: nearest first, missing hits last."""
+    monkeypatch.setattr(index_faiss, "has_torchs_threads", lambda: True)  # or else it would be slow
+    index = build(tmp_path, clustered(600, 8), spec, metric)
+    queries = clustered(6, 8, seed=1).float()
+    calls, shared = [], FaissIndex._of_one_query
+    monkeypatch.setattr(
+        FaissIndex, "_of_one_query", lambda *args: calls.append(args) or shared(*args)
+    )
+    for lists, k in itertools.product((1, 2, 3, 4, 6), (1, 20, 580)):
+        index.nprobe = lists
+        for query in queries.split(1):
+            threads(1)
+            assert not index.takes_all_cores
+            similarity, ids = index.search(query, k)
+            assert not calls
+            for cores in (2, 3, 8):
+                threads(cores)
+                assert index.takes_all_cores
+                got, there = index.search(query, k)
+                assert torch.get_num_threads() == cores
+                assert len(calls) == 1
+                calls.clear()
+                torch.testing.assert_close(got, similarity)
+                assert torch.equal(there < 0, ids < 0)
+                surely = similarity > similarity[ids >= 0].min()  # the last one may be another
+                assert set(there[surely].tolist()) == set(ids[surely].tolist())
+    threads(2)
+    index.search(queries, 5)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "spec", ["Flat", "HNSW8", "IVF8,SQ8,Refine(keys)", "IVF8,SQ8,Refine(Flat)"]
+)
+def test_others_are_searched_by_one_core(tmp_path, spec, threads, monkeypatch):
+    """Of a fast scan of residuals all lists together decide how its tables are rounded."""
+    monkeypatch.setattr(index_faiss, "has_torchs_threads", lambda: True)
+    threads(2)
+    assert not build(tmp_path, clustered(600, 8), spec).takes_all_cores
+
+
+@pytest.mark.parametrize("first", ["torch", "faiss"])
+def test_whether_threads_are_torchs(first):
+    """It depends on which was imported first, and is found out without changing anything."""
+    second = {"torch": "faiss", "faiss": "torch"}[first]
+    code = (
+        f"import {first}, {second}\n"
+        "from knnlm_hf.index.faiss_library import has_torchs_threads\n"
+        "torch.set_num_threads(2); torch.get_num_threads(); faiss.omp_set_num_threads(3)\n"
+        "own = torch.get_num_threads(), faiss.omp_get_max_threads()\n"
+        "assert has_torchs_threads() == (own == (3, 3)), own\n"
+        "assert own == (torch.get_num_threads(), faiss.omp_get_max_threads())\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_lists_visited():
+    assert default_nprobe(2048, 2_700_000) == 12
+    assert default_nprobe(4096, 2_700_000) == 16
+    assert default_nprobe(65_536, 1_000_000_000) == 16  # no more
+    assert default_nprobe(512, 2_700_000) == 8  # nor fewer
+    assert default_nprobe(1024, 60_000) == 172  # which hold 10,078 entries
+    assert default_nprobe(7, 60_000) == 7
+
+
 def test_a_search_sees_what_the_keys_hold_now():
     keys = clustered(100, 8)
     index = refining(keys, "SQ4")
@@ -194,7 +283,7 @@ def test_a_moved_origin_is_refused_for_inner_products(tmp_path):
 @pytest.mark.parametrize("memory", [0, 60_000 * 25, 1 << 40])
 def test_auto_works_in_odd_dimensions(tmp_path, metric, dim, memory):
     keys = clustered(800, dim)
-    spec = choose(60_000, dim, memory=memory).replace("IVF256", "IVF8")
+    spec = choose(60_000, dim, memory=memory).replace("IVF256", "IVF8").replace("IVF1024", "IVF32")
     ids = build(tmp_path, keys, spec, metric).search(keys[:5].float(), 10)[1]
     assert ids.shape == (5, 10)
     assert (ids >= 0).all()
@@ -206,10 +295,11 @@ def test_auto_works_in_odd_dimensions(tmp_path, metric, dim, memory):
 
 def test_auto_chooses_by_size_and_memory():
     assert choose(1000, 64) == "exact"
-    assert choose(2_700_000, 256, memory=1 << 40) == "RR256,IVF2048,PQ256x4fs"
-    assert choose(2_700_000, 255, memory=1 << 40) == "RR255,IVF2048,PQ255x4fs"
+    assert choose(60_000, 256, memory=1 << 40) == "RR256,IVF1024(PQ256x4fs),PQ256x4fs"
+    assert choose(2_700_000, 256, memory=1 << 40) == "RR256,IVF4096(PQ256x4fs),PQ256x4fs"
+    assert choose(2_700_000, 255, memory=1 << 40) == "RR255,IVF4096(PQ255x4fs),PQ255x4fs"
     assert choose(2_700_000, 16, memory=1 << 40) == "IVF2048,SQ8"
-    assert choose(103_000_000, 1024, memory=50 << 30) == "RR1024,IVF8192,PQ1024x4fs"
+    assert choose(103_000_000, 1024, memory=50 << 30) == "RR1024,IVF16384(PQ1024x4fs),PQ1024x4fs"
     assert choose(103_000_000, 1023, memory=49 << 30) == "RR1024,IVF8192,PQ512x4fsr"
     assert choose(103_000_000, 1022, memory=20 << 30) == "RR1024,IVF8192,PQ256x4fsr"
 
@@ -219,7 +309,7 @@ def test_autos_similarities_hold_where_few_directions_vary_most(tmp_path, metric
     scale = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(0)))
     scale[:2] *= 20
     keys = (clustered(3000, 64) * scale).half()
-    auto = choose(60_000, 64, memory=1 << 40).replace("IVF256", "IVF8")
+    auto = choose(60_000, 64, memory=1 << 40).replace("IVF1024", "IVF32")
 
     def error(spec):
         return build(tmp_path, keys, spec, metric).info.self_check["distance_error"]
@@ -230,6 +320,7 @@ def test_autos_similarities_hold_where_few_directions_vary_most(tmp_path, metric
 
 def test_auto_refines_where_its_codes_are_too_coarse(tmp_path, monkeypatch):
     monkeypatch.setattr(auto, "EXACT_BELOW", 100)
+    monkeypatch.setattr(auto, "_FEWEST_CODED", 32)
     monkeypatch.setattr(selfcheck, "_K", 8)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(200, 64, generator=generator)
@@ -237,7 +328,7 @@ def test_auto_refines_where_its_codes_are_too_coarse(tmp_path, monkeypatch):
     for noise, refines in ((1.0, False), (0.02, True)):
         keys = (spread + noise * torch.randn(2000, 64, generator=generator)).half()
         index = build(tmp_path, keys, "auto")
-        assert index.info.factory == "RR64,IVF32,PQ64x4fs" + ",Refine(keys)" * refines
+        assert index.info.factory == "RR64,IVF64(PQ64x4fs),PQ64x4fs" + ",Refine(keys)" * refines
         assert (index.info.spec, index.scores_are_exact) == ("auto", refines)
         assert index.info.self_check["distance_error"] < 0.05
         similarity, ids = index.search(keys[:70].float(), 10)

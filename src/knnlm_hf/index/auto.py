@@ -12,9 +12,8 @@ _SMALLEST_QUANTISED = 32
 _MOST_ERROR = 0.1
 """Of a distance. An error of 0.05 costs 0.2 % of the perplexity, see `docs/choose-an-index.md`."""
 _ID_BYTES = 8
-_KINDS = [(1, "x4fs"), (2, "x4fsr"), (4, "x4fsr")]
-"""Dimensions per 4-bit code, and FAISS's name: `r` codes what is left of a key after its list's
-centre, which halves the error of coarse codes and takes a table per list and query."""
+_FEWEST_CODED = 1024
+"""Centres of lists from which their codes can be learnt."""
 
 
 def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
@@ -30,23 +29,28 @@ def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
         which FAISS's fast scan takes candidates and similarities at once: N·(D/2 + 8) bytes, and no
         key is read. Keys are rotated at random first. Distances stay what they are, while all
         directions come to matter alike: a few of large variance, as models have, would leave the
-        others too few of the 255 steps of a scan's tables. Where that does not fit in memory,
-        4 bits for two dimensions, else for four. Where an index built so errs too much, the stored
-        keys refine it, see `must_refine`.
+        others too few of the 255 steps of a scan's tables. The lists' centres are coded alike, so
+        that there can be twice as many: a query passes fewer entries on its way to the nearest.
+
+        Where that does not fit in memory, 4 bits for two dimensions, else for four. Where an index
+        built so errs too much, the stored keys refine it, see `must_refine`.
     """
     if entries <= EXACT_BELOW:
         return "exact"
     memory = available_memory() if memory is None else memory
-    lists = 2 ** max(4, round(math.log2(math.sqrt(entries))))
+    magnitude = round(math.log2(math.sqrt(entries)))
     if dim < _SMALLEST_QUANTISED:
-        return f"IVF{lists},SQ8"
-    spec = ""
-    for each, kind in _KINDS:
-        codes = -(-dim // each)
-        spec = f"RR{codes * each},IVF{lists},PQ{codes}{kind}"
-        if entries * (-(-codes // 2) + _ID_BYTES) <= memory:
-            break
-    return spec
+        return f"IVF{2**magnitude},SQ8"
+    if entries * (-(-dim // 2) + _ID_BYTES) <= memory:
+        lists = max(_FEWEST_CODED, 2 ** (magnitude + 1))
+        return f"RR{dim},IVF{lists}(PQ{dim}x4fs),PQ{dim}x4fs"
+    # subtle: `r` codes what is left of a key after its list's centre, which halves the error of
+    # coarse codes and takes a table per list and query. The centres must not be coded then.
+    codes = -(-dim // 2)
+    if entries * (-(-codes // 2) + _ID_BYTES) <= memory:
+        return f"RR{codes * 2},IVF{2**magnitude},PQ{codes}x4fsr"
+    codes = -(-dim // 4)
+    return f"RR{codes * 4},IVF{2**magnitude},PQ{codes}x4fsr"
 
 
 def must_refine(

@@ -96,6 +96,11 @@ class SearchIndex(ABC):
         return self._search(queries_QD, k)
 
     @property
+    def takes_all_cores(self) -> bool:
+        """Whether a search for a single query gains by all cores, which then are not to spare."""
+        return False
+
+    @property
     def temperature(self) -> float | None:
         """The temperature that the index's own self-check suggests; None where there is none."""
         return None if self.info is None else self.info.temperature

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
-from knnlm_hf.index.faiss_library import load_faiss, moves_of, parts_of
+from knnlm_hf.index.faiss_library import has_torchs_threads, load_faiss, moves_of, parts_of
 from knnlm_hf.index.faiss_refine import refined
 from knnlm_hf.parallel import over_blocks
 from knnlm_hf.types import KeyRows, Metric
@@ -35,6 +35,8 @@ _MANY_QUERIES = 64
 """So many are searched list by list."""
 _FEW_LISTS = 4096
 """Among more, to find the nearest list once more would take what is gained by that."""
+_MOST_SHARES = 4
+"""Cores that share one query's lists: each finds k entries, of which those of all are taken."""
 
 
 class FaissIndex(SearchIndex):
@@ -81,13 +83,22 @@ class FaissIndex(SearchIndex):
         has_lists = any(hasattr(part, "nlist") for part in parts) and not self._is_on_gpu
         behind = index if self.keys is not None else self._moved_index
         is_moved = any(hasattr(part, "chain") for part in parts_of(behind))
-        self._has_order = has_lists and not is_moved and self._ivf.nlist <= _FEW_LISTS
+        is_scan = hasattr(self._moved_index, "bbs")
+        few = has_lists and self._ivf.nlist <= _FEW_LISTS
+        self._has_order = few and not is_moved and not (is_scan and self.keys is None)
         self._host: FaissIndex | None = None
         self._set_threads = faiss.omp_set_num_threads
+        # FAISS can be told which lists to search, what it finds in one does not depend on the
+        # others, as it does where the residuals' tables are rounded, and torch wakes its threads.
+        is_ivf = isinstance(self._moved_index, faiss.IndexIVF) and not self._is_on_gpu
+        is_apart = is_ivf and not (is_scan and self._moved_index.by_residual)
+        self._has_shares = is_apart and not self._moved_index.max_codes and has_torchs_threads()
+        self._visiting, self._address = faiss.SearchParametersIVF, faiss.swig_ptr
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is read from the index: in a copy it is to be read from the copy."""
-        derived = "_ivf", "_moves", "_moved_index", "_hnsw", "_host", "_set_threads", "_refined"
+        derived = {"_ivf", "_moves", "_moved_index", "_hnsw", "_host", "_refined"}
+        derived |= {"_set_threads", "_visiting", "_address"}
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,23 +173,54 @@ class FaissIndex(SearchIndex):
         whole = self._refined
         return whole if whole is not None and whole.ntotal == len(self) else None
 
+    @property
+    def takes_all_cores(self) -> bool:
+        """Whether several cores share the inverted lists of a single query.
+
+        Where FAISS has threads of its own, one query is not worth waking them: they then spin while
+        the model wants the cores. Those of torch do so anyway.
+        """
+        return self._has_shares and self.keys is None and torch.get_num_threads() > 1
+
     def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
         """FAISS's distances and ids, (Q, k) arrays."""
         if self._hnsw is not None and self._hnsw.efSearch < k:
             self._hnsw.efSearch = k  # subtle: FAISS stops early at efSearch, whatever k is
-        # One query is not worth waking threads, which then spin while the model wants the cores.
         # The setting is of this thread, and where both use one OpenMP, torch's as well.
-        threads = torch.get_num_threads()
-        self._set_threads(min(threads, len(queries_QD)))
+        threads, rows = torch.get_num_threads(), len(queries_QD)
+        self._set_threads(min(threads, rows))
         try:
+            if index is self._moved_index:
+                for move in self._moves:
+                    queries_QD = move.apply(queries_QD)
+                if rows == 1 < threads and self._has_shares:
+                    return self._of_one_query(queries_QD, k, threads)
             return self._in_order(index, queries_QD, k)
         finally:
             self._set_threads(threads)
 
+    def _of_one_query(self, query_1D: Any, k: int, threads: int) -> tuple[Any, Any]:
+        """Each core searches some of the query's lists, as if they were those of its own query.
+
+        Shape suffixes: S share, P inverted list visited.
+        """
+        ivf, lists = self._ivf, self._ivf.nprobe
+        shares = next(n for n in range(min(threads, _MOST_SHARES), 0, -1) if lists % n == 0)
+        centre_distance_1P, lists_1P = ivf.quantizer.search(query_1D, lists)
+        queries_SD = query_1D.repeat(shares, axis=0)
+        distance_SK = np.empty((shares, k), dtype=np.float32)
+        ids_SK = np.empty((shares, k), dtype=np.int64)
+        arrays = queries_SD, lists_1P, centre_distance_1P, distance_SK, ids_SK
+        queries, *rest = map(self._address, arrays)
+        settings = self._visiting(nprobe=lists // shares)
+        self._set_threads(shares)
+        ivf.search_preassigned_c(shares, queries, k, *rest, False, settings)
+        distance_1n, ids_1n = distance_SK.reshape(1, -1), ids_SK.reshape(1, -1)
+        order_n = distance_1n[0] if self.metric == "l2" else -distance_1n[0]
+        nearest_K = order_n.argsort(kind="stable")[:k]  # of sorted runs: they are merged
+        return distance_1n.take(nearest_K, axis=1), ids_1n.take(nearest_K, axis=1)
+
     def _in_order(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
-        if index is self._moved_index:
-            for move in self._moves:
-                queries_QD = move.apply(queries_QD)
         if not self._has_order or len(queries_QD) < _MANY_QUERIES:
             found: tuple[Any, Any] = index.search(queries_QD, k)
             return found
@@ -190,7 +232,8 @@ class FaissIndex(SearchIndex):
     def _list_by_list(self, queries_QD: Any) -> Any:
         """An order in which queries of one inverted list follow each other.
 
-        They share candidates, which then are in the core's own cache: a tenth of the time.
+        They share candidates, which then are in the core's own cache: a tenth of the time. Not of a
+        fast scan's, which are too small for that, and to find the order takes a tenth.
         """
         return self._ivf.quantizer.search(queries_QD, 1)[1][:, 0].argsort(kind="stable")
 
@@ -199,7 +242,8 @@ class FaissIndex(SearchIndex):
         similarity_QK, ids_QK = found
         if self.metric == "l2":
             np.negative(similarity_QK, out=similarity_QK)
-            np.minimum(similarity_QK, 0, out=similarity_QK)
+            if similarity_QK[:, 0].max() > 0:  # a quantiser may say so; the nearest stand first
+                np.minimum(similarity_QK, 0, out=similarity_QK)
         if ids_QK.view(np.uint64).max() >= len(self):  # at one look, a missing hit's −1 too
             similarity_QK[ids_QK < 0] = -np.inf
             if (most := int(ids_QK.max())) >= len(self):

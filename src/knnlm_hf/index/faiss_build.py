@@ -6,6 +6,7 @@ the k candidates, the stored keys give their similarities and order. It needs no
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -19,11 +20,11 @@ from knnlm_hf.types import KeyRows, Metric
 
 REFINE_KEYS = "Refine(keys)"
 _ADD_BLOCK = 1 << 16
-_TRAIN_PER_LIST = 128
+_TRAIN_PER_LIST = 64
 _TRAIN_LEAST = 1 << 16
 _TRAIN_BYTES = 2 << 30
-_MIN_LISTS_VISITED = 8
-_MIN_ENTRIES_VISITED = 15_000
+_LISTS_VISITED = 8, 16
+_MIN_ENTRIES_VISITED = 10_000
 
 
 def split_spec(spec: str) -> tuple[str, bool]:
@@ -129,13 +130,18 @@ def _cannot_build(spec: str, keys: KeyRows, error: BaseException) -> SearchIndex
 
 
 def default_nprobe(lists: int, entries: int) -> int:
-    """Lists to visit: 8, or as many as hold 15,000 entries, so that k=1024 has a choice."""
+    """Lists to visit: √lists / 4, from 8 to 16, and as many as hold 10,000 entries.
+
+    So k=1024 has a choice. A multiple of 4, so that several cores can share those of a query.
+    """
+    least, most = _LISTS_VISITED
     enough = -(-_MIN_ENTRIES_VISITED * lists // max(entries, 1))
-    return min(lists, max(_MIN_LISTS_VISITED, enough))
+    visited = max(least, min(most, math.ceil(math.sqrt(lists) / 4)), enough)
+    return min(lists, -(-visited // 4) * 4)
 
 
 def _training_sample(keys: KeyRows, lists: int, seed: int) -> np.ndarray[Any, Any]:
-    """A uniform sample without replacement, float32: 128 keys per list, at most 2 GiB."""
+    """A uniform sample without replacement, float32: 64 keys per list, at most 2 GiB."""
     wanted = max(_TRAIN_PER_LIST * lists, _TRAIN_LEAST)
     affordable = max(_TRAIN_BYTES // (4 * keys.dim), 39 * lists)
     size = min(len(keys), wanted, affordable)

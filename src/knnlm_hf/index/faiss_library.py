@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from knnlm_hf.errors import SearchIndexError
 
@@ -43,6 +46,16 @@ def moves_of(index: Any) -> tuple[list[Any], Any]:
         moves += [faiss.downcast_VectorTransform(chain.at(i)) for i in range(chain.size())]
         index = index.index
     return moves, index
+
+
+@functools.cache
+def has_torchs_threads() -> bool:
+    """Whether FAISS and torch use one OpenMP, as their Linux wheels do, and so the same threads."""
+    faiss, before, own = load_faiss(), torch.get_num_threads(), load_faiss().omp_get_max_threads()
+    faiss.omp_set_num_threads(before + 1)
+    is_torchs_too = torch.get_num_threads() == before + 1
+    faiss.omp_set_num_threads(own)
+    return is_torchs_too
 
 
 def version() -> str:
