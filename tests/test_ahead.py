@@ -1,6 +1,7 @@
 """Searching while the model goes on changes nothing but the time."""
 
 import copy
+import itertools
 import shutil
 import threading
 from types import SimpleNamespace
@@ -96,7 +97,8 @@ def threads_of(monkeypatch, target, *names):
 )
 def test_only_the_search_is_handed_over(indexed, rows, index, settings, monkeypatch):
     """The rest would wait for the interpreter's lock, again and again, while the model goes on."""
-    memory = KNNMemory(indexed, temperature=5.0, index=index, **{"k": 8, **settings})
+    monkeypatch.setattr(ahead, "usual_is_slow", lambda: True)
+    memory = KNNMemory(indexed, temperature=5.0, index=index, **{"k": 7, **settings})
     knn = KNNLMForCausalLM(tiny.gpt2(), memory, lmbda=0.6)
     searched = threads_of(monkeypatch, memory.index, "search", "_call")
     said = threads_of(monkeypatch, neighbours, "knn_log_probs")
@@ -110,6 +112,29 @@ def test_only_the_search_is_handed_over(indexed, rows, index, settings, monkeypa
     monkeypatch.setattr(ahead, "_MOST_TOKENS", 0)
     torch.testing.assert_close([knn(ids[:, :1]).logits, knn(ids).logits], early)
     assert set(searched) == {here}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [KNNMemory, HybridMemory])
+@pytest.mark.parametrize("index", ["exact", "IVF2,SQ4", "IVF2,SQ4,Refine(keys)"])
+def test_a_search_that_takes_all_cores_waits_for_them(indexed, kind, index, monkeypatch):
+    """Where the model gains as much by them; else one is spared for it."""
+    memory = kind(indexed, k=8, temperature=5.0, index=index)
+    knn = KNNLMForCausalLM(tiny.gpt2(), memory, lmbda=0.6)
+    searched = threads_of(monkeypatch, memory.index, "search", "_call")
+    if index == "IVF2,SQ4":
+        monkeypatch.setattr(memory.index, "_has_shares", True)
+    before, here = torch.get_num_threads(), threading.current_thread().name
+    try:
+        for threads, model_is_slow in itertools.product((1, 2), (False, True)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(ahead, "usual_is_slow", lambda slow=model_is_slow: slow)
+            searched.clear()
+            knn(IDS[:, :1])
+            waits = threads > 1 and not model_is_slow and index == "IVF2,SQ4"
+            assert {name == here for name in searched} == {waits}
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import log_softmax
 
 from knnlm_hf import interpolation
 from knnlm_hf.errors import SettingError
@@ -83,6 +84,72 @@ def test_one_query_is_as_one_of_two(least, dtype):
     torch.testing.assert_close(one, two[:1], rtol=1e-6, atol=1e-6)
     assert one[0, 4].item() == pytest.approx(least - math.log(1 + 2 * math.exp(-0.25)), abs=0.6)
     assert (one[0, [2, 5]] == -INF).all()
+
+
+def few(scores, tokens, temperature=1.0, vocab_size=6, dtype=torch.float32):
+    return interpolation.said_by_few(
+        torch.tensor([scores], dtype=dtype), torch.tensor([tokens]), temperature, vocab_size
+    )
+
+
+def test_few_by_hand():
+    """Neighbours of weights 1, 1 and 2, two of them of one token."""
+    said = few([0.0, 0.0, math.log(2)], [3, 0, 3])
+    expected = torch.tensor([[0.25, 0.0, 0.0, 0.75, 0.0, 0.0]])
+    torch.testing.assert_close(said.log_probs().exp(), expected)
+    lm = torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.3, 0.0]])
+    mixed = interpolation.mix(lm.log(), [said], [0.4])
+    torch.testing.assert_close(mixed.exp(), 0.6 * lm + 0.4 * expected)
+    assert mixed[0, 5] == -INF
+    assert lm[0, 3] == 0.1  # what was given is as it was
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 40.0])
+def test_few_are_mixed_as_all(temperature):
+    """The same as dense log-probabilities, also beside memories of another kind, in any order."""
+    generator = torch.Generator().manual_seed(0)
+    lm = log_softmax(8 * torch.randn(1, 1, 50, generator=generator), -1)
+    head = log_softmax(torch.randn(1, 1, 50, generator=generator), -1)
+    scores = [-30 * torch.rand(1, 40, generator=generator) for _ in range(2)]
+    tokens = [torch.randint(50, (1, 40), generator=generator) for _ in range(2)]
+    one, other = (
+        interpolation.said_by_few(*pair, temperature, 50)
+        for pair in zip(scores, tokens, strict=True)
+    )
+    dense = [said.log_probs().view(1, 1, 50) for said in (one, other)]
+    for memories, all_dense in (
+        ([one], dense[:1]),
+        ([one, head, other], [dense[0], head, dense[1]]),
+        ([head, one], [head, dense[0]]),
+    ):
+        lmbdas = [0.3, 0.2, 0.1][: len(memories)]
+        got = interpolation.mix(lm, memories, lmbdas)
+        terms = [t.double().exp() * w for t, w in zip(all_dense, lmbdas, strict=True)]
+        expected = ((1 - sum(lmbdas)) * lm.double().exp() + sum(terms)).log()
+        torch.testing.assert_close(got, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "options"),
+    [
+        ([0.0, -INF], {}),
+        ([-INF, -INF], {}),
+        ([0.0, -700.0], {}),
+        ([0.0, -7.0], {"temperature": 0.01}),
+        ([0.0, -1.0], {"dtype": torch.float64}),
+        ([0.0, -1.0], {"dtype": torch.bfloat16}),
+        ([0.0, -1.0], {"vocab_size": 2}),
+    ],
+)
+def test_what_few_cannot_say(scores, options):
+    """A missing hit, a weight that float64 does not hold in full, another dtype or token."""
+    assert few(scores, [1, -1 if scores[1] == -INF else 2], **options) is None
+
+
+def test_few_of_several_queries_or_with_gradients():
+    scores, tokens = torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.long)
+    assert interpolation.said_by_few(scores, tokens, 1.0, 4) is None
+    assert interpolation.said_by_few(scores[:1].requires_grad_(), tokens[:1], 1.0, 4) is None
 
 
 def test_equal_neighbours_share_evenly_however_large_their_similarity():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,10 +67,9 @@ def knn_log_probs(
         tensor([[0.3333, 0.0000, 0.6667, 0.0000]])
     """
     shape, device = (similarity_QK.shape[0], vocab_size), similarity_QK.device
-    if shape[0] == 1 and device.type == "cpu" and not similarity_QK.requires_grad:
-        of_one = _of_one_query(similarity_QK, tokens_QK, temperature, vocab_size)
-        if of_one is not None:
-            return of_one
+    few = said_by_few(similarity_QK, tokens_QK, temperature, vocab_size)
+    if few is not None:
+        return few.log_probs()
     result_QV = torch.full(shape, -_INF, device=device)
     log_weights_QK = knn_weights(similarity_QK, temperature)
     # A missing hit is given token 0 with weight exp(−inf) = 0, so that it can be scattered.
@@ -86,25 +86,62 @@ def knn_log_probs(
     return result_QV.scatter_(1, tokens_QK, peak_QK + total_QV.gather(1, tokens_QK).log_())
 
 
-def _of_one_query(
-    similarity_1K: Tensor, tokens_1K: Tensor, temperature: float, vocab_size: int
-) -> Tensor | None:
-    """`knn_log_probs` of one query; None where float64 does not hold every weight in full.
+class Few(NamedTuple):
+    """What the neighbours of one query say: something of few tokens, nothing of all others.
 
-    Generation asks for one at a time, and then waits for operations, not for arithmetic: the plain
-    formula has half as many, and numpy's take a third of the time of torch's.
+    Generation asks one query at a time. What takes time then are operations, not arithmetic, and
+    what is done to all of V where K would do: numpy's operations take a third of the time of
+    torch's, and V is much larger than K.
+    """
+
+    tokens: np.ndarray[Any, Any]
+    """(K,) the neighbours'; some occur again."""
+    weights: np.ndarray[Any, Any]
+    """(K,) that of the token in float64, the same wherever it occurs again; none is 0."""
+    total: float
+    """p(token) = weight ÷ total."""
+    vocab_size: int
+    """V."""
+
+    def log_probs(self) -> Tensor:
+        """(1, V) float32, −inf for the tokens that it says nothing of."""
+        result_1V = np.full((1, self.vocab_size), -_INF, dtype=np.float32)
+        result_1V[0, self.tokens] = np.log(self.weights / self.total)
+        return torch.from_numpy(result_1V)
+
+    def add_to(self, mixed: Tensor, lmbda: float) -> None:
+        """Add λ·p to exp(mixed), of (..., V) numbers, in place."""
+        mixed_V = mixed.numpy().reshape(-1)
+        probs_K = np.exp(mixed_V[self.tokens], dtype=np.float64)
+        probs_K += self.weights * (lmbda / self.total)
+        mixed_V[self.tokens] = np.log(probs_K)  # a token that occurs again is written twice alike
+
+
+def said_by_few(
+    similarity_1K: Tensor, tokens_1K: Tensor, temperature: float, vocab_size: int
+) -> Few | None:
+    """`knn_log_probs` of one query on the CPU, without gradients; None of other things.
+
+    Nor where a neighbour is missing, or so far away that float64 does not hold its weight in full,
+    or carries a token that is none.
     """
     temperature = check_temperature(temperature)
-    score_K, tokens_K = similarity_1K.double().numpy()[0], tokens_1K.numpy()[0]
-    peak = score_K.max().item()
-    all_count = (score_K.min().item() - peak) / temperature > _LEAST_SCORE
-    if not all_count or tokens_K.min() < 0 or tokens_K.max() >= vocab_size:
+    is_plain = similarity_1K.dtype == torch.float32 and not similarity_1K.requires_grad
+    if similarity_1K.shape[0] != 1 or similarity_1K.device.type != "cpu" or not is_plain:
         return None
-    weight_K = np.exp((score_K - peak) / temperature)
-    total_V = np.bincount(tokens_K, weight_K / weight_K.sum(), minlength=vocab_size)
-    result_1V = np.full((1, vocab_size), -_INF, dtype=np.float32)
-    result_1V[0, tokens_K] = np.log(total_V[tokens_K])
-    return torch.from_numpy(result_1V)
+    score_K, tokens_K = similarity_1K.numpy()[0], tokens_1K.numpy()[0]
+    peak = score_K.max()
+    if peak == -_INF:
+        return None
+    scaled_K = np.subtract(score_K, peak, dtype=np.float64)
+    scaled_K /= temperature
+    if scaled_K.min() <= _LEAST_SCORE:  # also of a missing hit
+        return None
+    weight_K = np.exp(scaled_K)
+    total_V = np.bincount(tokens_K, weight_K)
+    if len(total_V) > vocab_size:
+        return None
+    return Few(tokens_K, total_V[tokens_K], float(weight_K.sum()), vocab_size)
 
 
 def token_knn_log_probs(similarity_QK: Tensor, is_target_QK: Tensor, temperature: float) -> Tensor:
@@ -126,7 +163,7 @@ def token_knn_log_probs(similarity_QK: Tensor, is_target_QK: Tensor, temperature
 
 def mix(
     lm: Tensor,
-    memories: Sequence[Tensor],
+    memories: Sequence[Tensor | Few],
     lmbdas: Sequence[float],
     has_hit: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
@@ -134,7 +171,8 @@ def mix(
 
     Args:
         lm: (...) log-probabilities of the language model.
-        memories: of each memory, log-probabilities of the same shape, −inf allowed.
+        memories: of each memory, log-probabilities of the same shape, −inf allowed; or what few
+            neighbours say, where `lm` is (..., V) of one query, without gradients.
         lmbdas: λ_i ≥ 0 of each, Σλ_i < 1. A memory of λ 0 changes nothing.
         has_hit: for each memory None, or bools broadcastable to `lm`: where False the memory had
             nothing to say (no hit), is −inf, and its share is the model's.
@@ -156,7 +194,10 @@ def mix(
     if terms:
         mixed = mixed + _log_rest([(lmbda, hit) for _, lmbda, hit in terms])
     for memory, lmbda, _ in terms:
-        mixed = _log_add(mixed, memory.float() + math.log(lmbda))
+        if isinstance(memory, Few):
+            memory.add_to(mixed, lmbda)
+        else:
+            mixed = _log_add(mixed, memory.float() + math.log(lmbda))
     return mixed
 
 

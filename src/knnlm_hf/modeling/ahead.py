@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from knnlm_hf.capture import Collector
 from knnlm_hf.errors import KNNLMError
-from knnlm_hf.interpolation import has_hit
+from knnlm_hf.interpolation import Few, has_hit
 from knnlm_hf.memory import HybridMemory, KNNMemory
+from knnlm_hf.memory.neighbours import NeighbourMemory
 from knnlm_hf.memory.product import usual_is_slow
 from knnlm_hf.memory.text import reads
 from knnlm_hf.parallel import pool, spare_a_core, spare_none, threads_here
@@ -55,8 +56,9 @@ class Ahead:
             # Its product is gained only on a second core, and only where model and product would
             # gain less from having both.
             return not memory.training and self._threads > 1 and usual_is_slow()
-        by_itself = hasattr(memory, "finding" if reads(memory) else "search")
-        return by_itself or type(memory) in _SEARCH_APART
+        if type(memory) in _SEARCH_APART:
+            return usual_is_slow() or not memory.index.takes_all_cores
+        return hasattr(memory, "finding" if reads(memory) else "search")
 
     def __enter__(self) -> Ahead:
         if self._early:
@@ -108,6 +110,14 @@ def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answ
     # To look at all V would take as long as to mix them.
     always = getattr(memory, "always_speaks", False)
     return Answer(log_probs, None if always else has_hit(log_probs))
+
+
+def ask_of_one(memory: Any, state: Tensor) -> Answer | Few:
+    """The same of a single state in a step of generation, in short where neighbours say it."""
+    if getattr(memory.log_probs, "__func__", None) is not NeighbourMemory.log_probs:
+        return ask(memory, state)
+    said = memory.said_of_one(state)
+    return said if isinstance(said, Few) else Answer(said, has_hit(said))
 
 
 _SEARCH_APART = KNNMemory, HybridMemory

@@ -15,9 +15,9 @@ from torch.nn.functional import log_softmax, pad
 
 from knnlm_hf.capture import CapturePoint, Collector, Listening, arm
 from knnlm_hf.errors import KNNLMError
-from knnlm_hf.interpolation import mix
+from knnlm_hf.interpolation import Few, mix
 from knnlm_hf.memory.text import Text, reads
-from knnlm_hf.modeling.ahead import Ahead, Answer, ask, is_step
+from knnlm_hf.modeling.ahead import Ahead, Answer, ask, ask_of_one, is_step
 from knnlm_hf.modeling.output_layer import InStep
 from knnlm_hf.modeling.positions import inputs_of, kept
 from knnlm_hf.modeling.reading import length_before, read
@@ -93,6 +93,8 @@ class _Call(NamedTuple):
     """Of the model's forward, all by name."""
     labels: Tensor | None
     as_tuple: bool
+    in_step: bool
+    """Whether it is one of generation on the CPU, see `is_step`."""
     asked: list[_Asked]
     ahead: Ahead
     output_layer: nn.Module | None
@@ -121,7 +123,10 @@ def _prepare(knn: Any, own: Retrieval, args: tuple[Any, ...], kwargs: dict[str, 
     output_layer = knn._modules.get(own.output_path) if in_step and asked else None
     reading = [one for one in asked if reads(one.term.memory)]
     before = length_before(arguments) if reading else None
-    return _Call(arguments, labels, not return_dict, asked, ahead, output_layer, reading, before)
+    as_tuple = not return_dict
+    return _Call(
+        arguments, labels, as_tuple, in_step, asked, ahead, output_layer, reading, before
+    )  # fmt: skip
 
 
 def _listen(
@@ -152,8 +157,9 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
-        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
-        texts = _texts(call, output)
+        if len(asked) > 1:
+            asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
+        texts = _texts(call, output) if call.reading else {}
         answers = [_answer(own, call, one, logits, texts) for one in asked]
         logits = mix_answers(logits, answers, [one.lmbda for one in asked])
     if call.labels is None and own.own_forward is None:
@@ -178,17 +184,25 @@ def _texts(call: _Call, output: Any) -> dict[CapturePoint, Text]:
 
 def _answer(
     own: Retrieval, call: _Call, asked: _Asked, lm: Tensor, texts: dict[CapturePoint, Text]
-) -> Answer:
+) -> Answer | Few:
     """What the memory says at the positions of `lm`."""
     early = call.ahead.answer(asked.heard)
     if isinstance(early, Answer) and early.log_probs.shape[:-1] == lm.shape[:-1]:
-        return _fitted(early, lm)
+        return _padded(early, lm)
     states = _kept_states(own, asked.term, call.arguments, asked.heard, lm)
     searching = early is not None and not isinstance(early, Answer)
     memory: Any = early if searching else asked.term.memory
     if reads(memory):
         text = texts[asked.heard.point]
         memory = memory.reading(text, *_kept_places(own, call.arguments, text))
+    on_cpu = states.device.type == lm.device.type == "cpu"
+    if call.in_step and on_cpu and lm.shape[:-1].numel() == 1:
+        _check_width(memory, states)
+        answer = ask_of_one(memory, states)
+        if isinstance(answer, Few):
+            _missing_tokens(answer.vocab_size, lm)
+            return answer
+        return _padded(answer, lm)
     return memory_answer(states, memory, lm)
 
 
@@ -198,32 +212,40 @@ def memory_answer(states: Tensor, memory: Memory, like_V: Tensor) -> Answer:
     Raises:
         KNNLMError: states of another width than the memory's, or a vocabulary smaller than its.
     """
+    _check_width(memory, states)
+    return _padded(ask(memory, states, like_V.device), like_V)
+
+
+def mix_answers(lm_V: Tensor, answers: Sequence[Answer | Few], lmbdas: Sequence[float]) -> Tensor:
+    """Log of the mixture (..., V) of the model's log-probabilities `lm_V` and fitting answers."""
+    said = [a if isinstance(a, Few) else a.log_probs for a in answers]
+    return mix(lm_V, said, lmbdas, [None if isinstance(a, Few) else a.has_hit for a in answers])
+
+
+def _check_width(memory: Memory, states: Tensor) -> None:
     if states.shape[-1] != memory.hidden_size:
         raise KNNLMError(
             f"the memory has {memory.hidden_size}-d states (layer {memory.layer!r}), the model "
             f"gives {states.shape[-1]}-d: use the model it was made with, or make it anew"
         )
-    return _fitted(ask(memory, states, like_V.device), like_V)
 
 
-def mix_answers(lm_V: Tensor, answers: Sequence[Answer], lmbdas: Sequence[float]) -> Tensor:
-    """Log of the mixture (..., V) of the model's log-probabilities `lm_V` and fitting answers."""
-    return mix(
-        lm_V, [answer.log_probs for answer in answers], lmbdas,
-        [answer.has_hit for answer in answers],
-    )  # fmt: skip
-
-
-def _fitted(answer: Answer, lm_V: Tensor) -> Answer:
-    """The answer for as many tokens as `lm_V` has, which may be padded."""
-    said_V, hit = answer
-    missing = lm_V.shape[-1] - said_V.shape[-1]
+def _missing_tokens(said: int, lm_V: Tensor) -> int:
+    """How many tokens `lm_V`, which may be padded, has beyond those that something was said of."""
+    missing = lm_V.shape[-1] - said
     if missing < 0:
         raise KNNLMError(
-            f"the memory has {said_V.shape[-1]} tokens, the model only {lm_V.shape[-1]}: use the "
-            "model it was made with, or make it anew"
+            f"the memory has {said} tokens, the model only {lm_V.shape[-1]}: use the model it was "
+            "made with, or make it anew"
         )
-    return Answer(pad(said_V, (0, missing), value=-torch.inf) if missing else said_V, hit)
+    return missing
+
+
+def _padded(answer: Answer, lm_V: Tensor) -> Answer:
+    """The answer for as many tokens as `lm_V` has."""
+    log_probs, hit = answer
+    missing = _missing_tokens(log_probs.shape[-1], lm_V)
+    return Answer(pad(log_probs, (0, missing), value=-torch.inf) if missing else log_probs, hit)
 
 
 def _kept_states(
@@ -244,7 +266,7 @@ def _heard_states(
     own: Retrieval, term: Term, arguments: dict[str, Any], heard: Collector
 ) -> Tensor | None:
     """What was heard, sliced as the logits will be."""
-    if term.sliced:
+    if term.sliced or (heard.raw is not None and heard.raw.shape[:-1] == (1, 1)):
         return heard.raw
     states = _all_states(arguments, heard)
     return None if states is None else kept(own.names, arguments, states)
