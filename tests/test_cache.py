@@ -31,7 +31,7 @@ from knnlm_hf import (
 from knnlm_hf.capture import CapturePoint
 from knnlm_hf.errors import KNNLMError, PersistenceError, SettingError
 from knnlm_hf.memory.text import Reader, Text
-from knnlm_hf.modeling.reading import StatesLayer
+from knnlm_hf.modeling.reading import StatesLayer, read
 from knnlm_hf.sources import sources
 
 CLOSE = {"rtol": 0, "atol": 2e-4}
@@ -345,6 +345,40 @@ def test_a_prompt_read_in_inference_mode_goes_on_outside() -> None:
     with torch.no_grad():
         found = knn(ids[:, 6:], past_key_values=past).logits
         torch.testing.assert_close(found, knn(ids).logits[:, 6:], **CLOSE)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("given", ["ids", "ids and mask", "all", "flat positions", "embeddings"])
+def test_a_token_of_one_text_is_read_as_one_of_two(seed: int, given: str) -> None:
+    """It has a way of its own in `read`; padding, gaps and new texts included."""
+    point = CapturePoint("att", "somewhere", "input")
+    generator = torch.Generator().manual_seed(seed)
+    caches, position, mask = [DynamicCache(), DynamicCache()], 0, torch.ones(2, 0)
+    for length in (3, *[1] * 12):
+        ids, skip, pad = (
+            torch.randint(high, (length,), generator=generator).expand(2, -1) for high in (40, 4, 3)
+        )
+        position = 0 if skip[0, 0] == 3 else position + int(skip[0, 0] == 2)
+        mask = torch.cat([mask, (pad > 0).float()], dim=1)
+        positions = torch.arange(position, position + length)
+        states = torch.randn(1, length, 4, generator=generator).expand(2, -1, -1)
+        read_by = []
+        for rows, cache in zip((1, 2), caches, strict=True):
+            arguments: dict[str, Any] = {"past_key_values": cache, "input_ids": ids[:rows]}
+            if given == "embeddings":
+                arguments["inputs_embeds"] = states[:rows]
+                del arguments["input_ids"]
+            if given in ("ids and mask", "all"):
+                arguments["attention_mask"] = mask[:rows]
+            if given == "all":
+                arguments["position_ids"] = positions.expand(rows, -1)
+            if given == "flat positions":
+                arguments["position_ids"] = positions
+            read_by.append(read(point, states[:rows], arguments, None, None))
+        for one, of_two in zip(read_by[0][:3], read_by[1][:3], strict=True):
+            assert torch.equal(one[0], of_two[0])
+            assert one.dtype == of_two.dtype
+        position += length
 
 
 def test_positions_of_one_row_are_those_of_all() -> None:

@@ -172,6 +172,30 @@ def test_missing_hits_and_other_numbers_of_queries(store: Any) -> None:
         asked.matches(torch.zeros(3, 1, dtype=torch.long))
 
 
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_one_query_matches_as_one_of_two(store: Any, length: int) -> None:
+    """It has a way of its own, for the text before it as for the entries."""
+    memory = memory_of(store, length=length)
+    generator = torch.Generator().manual_seed(length)
+    values = store.values[:40].long().repeat(2, 1)
+    values[:, 3::11] = -2
+    parts = (torch.arange(40) >= 13).long().repeat(2, 1)
+    text = Text(torch.zeros(2, 40, store.dim), values, parts)
+    ids = torch.randint(-1, len(store), (1, 200), generator=generator)
+    ids[0, :44] = torch.arange(-1, 43)  # some match
+    some = 0
+    for place in range(40):
+        rows, places = torch.tensor([0, 1]), torch.tensor([place, place])
+        two = memory.reading(text, rows, places)
+        one = memory.reading(text, rows[1:], places[1:])
+        assert torch.equal(one._before_QM, two._before_QM[1:])
+        expected = two.matches(ids.repeat(2, 1))
+        assert expected is not None
+        assert torch.equal(one.matches(ids), expected[1:])
+        some += int((expected == length).any())
+    assert some > 9
+
+
 def test_packed_and_padded_texts_are_texts_of_their_own(model: Any, store: Any) -> None:
     one, two = ITEMS[4][:9], ITEMS[5][:6]
     knn = KNNLMForCausalLM(model, memory_of(store), lmbda=0.4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +119,8 @@ class HybridMemory(KNNMemory):
             return None
         if len(self._before_QM) != len(ids_QK):
             raise KNNLMError(f"{len(ids_QK)} queries, but {len(self._before_QM)} places in a text")
+        if len(ids_QK) == 1 and ids_QK.device.type == "cpu":
+            return self._matches_of_one(ids_QK[0].numpy(), self._before_QM[0].numpy())
         ids_n = ids_QK.to("cpu").reshape(-1)
         alike_QK = (ids_n >= 0).view(ids_QK.shape)
         ids_n = ids_n.clamp(min=0)
@@ -131,6 +134,15 @@ class HybridMemory(KNNMemory):
             alike_QK &= room_QK >= back
             count_QK += alike_QK
         return count_QK.to(ids_QK.device)
+
+    def _matches_of_one(self, ids_K: Any, before_M: Any) -> Tensor:
+        """`matches` of one query: all places at a time, by numpy, whose operations are quicker."""
+        back_M = np.arange(1, len(before_M) + 1)
+        earlier_KM = np.maximum(ids_K[:, None] - back_M, 0)
+        alike_KM = self.store.values.numpy().take(earlier_KM) == before_M
+        alike_KM &= np.where(ids_K < 0, 0, self._room.numpy().take(ids_K))[:, None] >= back_M
+        count_1K = np.logical_and.accumulate(alike_KM, axis=1).sum(axis=1, dtype=np.uint8)[None]
+        return torch.from_numpy(count_1K)
 
     def scored(self, near: Neighbors) -> Tensor:
         """s + t·γ·m, of which the softmax is taken."""
@@ -158,8 +170,21 @@ def _room(store: DatastoreReader, most: int) -> Tensor:
 def _before(text: Text, rows_Q: Tensor, places_Q: Tensor, length: int) -> Tensor:
     """(Q, M) the tokens before each query's next one, the last first; −1 where there is none."""
     _, values_BS, parts_BS, _ = text
+    if len(places_Q) == 1 and values_BS.device.type == "cpu":
+        return _before_one(values_BS, parts_BS, int(rows_Q), int(places_Q), length)
     places_QM = places_Q[:, None] - torch.arange(1, length + 1, device=places_Q.device)
     is_there_QM = places_QM >= 0
     at_QM = rows_Q[:, None], places_QM.clamp(min=0)
     is_there_QM &= parts_BS[at_QM] == parts_BS[rows_Q, places_Q][:, None]
     return values_BS[at_QM].long().masked_fill(~is_there_QM, -1)
+
+
+def _before_one(values_BS: Tensor, parts_BS: Tensor, row: int, place: int, length: int) -> Tensor:
+    """`_before` of one query, by numpy, whose operations are quicker."""
+    low = max(0, place - length)
+    parts_M = parts_BS[row].numpy()[low : place + 1]
+    before_1M = np.full((1, length), -1)
+    there = slice(0, place - low)
+    before_1M[0, there] = values_BS[row].numpy()[low:place][::-1]
+    before_1M[0, there][parts_M[-2::-1] != parts_M[-1]] = -1
+    return torch.from_numpy(before_1M)

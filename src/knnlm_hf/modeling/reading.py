@@ -117,6 +117,11 @@ def read(
     if before is not None:
         layer.fit(before, states_BTD)
     seen = layer.get_seq_length()
+    if seen and states_BTD.shape[:2] == (1, 1) and layer.values.device.type == "cpu":
+        layer.values, newest_3 = layer.values[:, :, :-1], layer.values[0, 0, -1].tolist()
+        marks_23 = _after_one_token(newest_3, *_token_and_position(arguments, seen))
+        layer.update(states_BTD[:, None], torch.tensor([[marks_23]]))
+        return layer.text
     tokens_BT, positions_BT = _tokens_and_positions(states_BTD, arguments, seen)
     last_B3 = layer.last(states_BTD)
     is_padding_BT = tokens_BT == _PADDING
@@ -135,6 +140,34 @@ def read(
     marks_BT3 = torch.stack([values_BU[:, 1:], parts_BT, positions_BU[:, 1:]], dim=-1)
     layer.update(states_BTD[:, None], marks_BT3[:, None])
     return layer.text
+
+
+def _after_one_token(newest: list[int], token: int, position: int) -> list[list[int]]:
+    """What `read` makes of one token more of one text: values of what stood last, and of the token.
+
+    While a text is generated every token comes so, and two dozen operations on tensors of one
+    number would take longer than the search.
+    """
+    value, part, last = newest
+    if token == _PADDING:
+        position = last
+    begins = token != _PADDING and position != last + 1
+    after = _UNKNOWN if begins else token
+    known = _PADDING if value == _PADDING else after
+    mark = _PADDING if token == _PADDING else _UNKNOWN
+    return [[known, part, last], [mark, part + begins, position]]
+
+
+def _token_and_position(arguments: dict[str, Any], begin: int) -> tuple[int, int]:
+    """`_tokens_and_positions` of one token of one text."""
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    positions = arguments.get("position_ids")
+    token = int(ids) if isinstance(ids, Tensor) and ids.shape == (1, 1) else _UNKNOWN
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] and int(mask[0, -1]) == 0:
+        token = _PADDING
+    if isinstance(positions, Tensor) and positions.shape in ((1,), (1, 1)):
+        return token, int(positions)
+    return token, begin
 
 
 def _carried(before_B1: Tensor, positions_BT: Tensor, is_padding_BT: Tensor) -> Tensor:
