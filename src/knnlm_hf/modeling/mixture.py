@@ -157,9 +157,8 @@ def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
-        if len(asked) > 1:
-            asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
-        texts = _texts(call, output) if call.reading else {}
+        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
+        texts = _texts(call, output)
         answers = [_answer(own, call, one, logits, texts) for one in asked]
         logits = mix_answers(logits, answers, [one.lmbda for one in asked])
     if call.labels is None and own.own_forward is None:
@@ -266,7 +265,7 @@ def _heard_states(
     own: Retrieval, term: Term, arguments: dict[str, Any], heard: Collector
 ) -> Tensor | None:
     """What was heard, sliced as the logits will be."""
-    if term.sliced or (heard.raw is not None and heard.raw.shape[:-1] == (1, 1)):
+    if term.sliced:
         return heard.raw
     states = _all_states(arguments, heard)
     return None if states is None else kept(own.names, arguments, states)
