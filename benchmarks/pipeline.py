@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--build-tokens", type=int, default=200_000)
     parser.add_argument("--eval-tokens", type=int, default=10_000)
-    parser.add_argument("--exact-tokens", type=int, default=2_000)
+    parser.add_argument("--exact-tokens", type=int, default=10_240)
     parser.add_argument("--scratch", default=tempfile.gettempdir())
     parser.add_argument("--json", type=Path, help="add the figures to this file")
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
