@@ -273,6 +273,23 @@ def test_a_memory_whose_attributes_are_its_own(store):
 
 
 @torch.no_grad()
+def test_a_memory_that_hands_on_to_another(store):
+    """What it hands on to answers, whatever it is, in a step of one token too."""
+    inner = KNNMemory(store, k=8, temperature=5.0)
+    names = ("layer", "hidden_size", "vocab_size", "log_probs", "token_log_probs")
+    outer = type(
+        "Outer", (), {name: property(lambda _, n=name: getattr(inner, n)) for name in names}
+    )
+    replaced = KNNMemory(store, k=2, temperature=1.0)
+    replaced.log_probs = inner.log_probs
+    expected, *others = (
+        KNNLMForCausalLM(tiny.gpt2(), one)(IDS[:, :1]).logits for one in (inner, outer(), replaced)
+    )
+    for got in others:
+        torch.testing.assert_close(got, expected)
+
+
+@torch.no_grad()
 def test_a_search_of_somebodys_own_is_called(store):
     class Own(KNNMemory):
         def search(self, *args, **kwargs):

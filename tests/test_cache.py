@@ -381,6 +381,33 @@ def test_a_token_of_one_text_is_read_as_one_of_two(seed: int, given: str) -> Non
         position += length
 
 
+@pytest.mark.parametrize("last", [0.0, 0.5, -torch.inf])
+def test_a_mask_of_numbers_pads_where_it_is_zero(last: float) -> None:
+    point = CapturePoint("att", "somewhere", "input")
+    for rows in (1, 2):
+        cache = DynamicCache()
+        for length in (2, 1):
+            mask = torch.ones(rows, 2 if length == 2 else 3)
+            mask[:, -1] = 1.0 if length == 2 else last
+            arguments = {
+                "past_key_values": cache, "attention_mask": mask,
+                "input_ids": torch.full((rows, length), 7),
+            }  # fmt: skip
+            text = read(point, torch.zeros(rows, length, 4), arguments, None, None)
+        assert text.values[0].tolist() == [7, 7 if last else -2, -1 if last else -2]
+
+
+@torch.no_grad()
+def test_one_token_whose_logits_are_kept_twice() -> None:
+    model = tiny.gpt2()
+    knn = KNNLMForCausalLM(model, CacheMemory.of(model), 0.4)
+    ids, cache = texts(1, 8), DynamicCache()
+    knn(ids[:, :7], past_key_values=cache)
+    twice = knn(ids[:, 7:], past_key_values=cache, logits_to_keep=torch.tensor([0, 0])).logits
+    once = knn(ids).logits[:, -1:]
+    torch.testing.assert_close(twice, once.repeat(1, 2, 1))
+
+
 def test_positions_of_one_row_are_those_of_all() -> None:
     model, ids = tiny_of("gpt2"), texts(1, 12)
     knn = KNNLMForCausalLM(model, CacheMemory.of(model, temperature=4.0), 0.6)

@@ -180,10 +180,11 @@ def test_cores_share_the_lists_of_one_query(tmp_path, spec, metric, threads, mon
             assert not calls
             for cores in (2, 3, 8):
                 threads(cores)
-                assert index.takes_all_cores
+                divided = any(lists % n == 0 for n in range(2, min(cores, 4) + 1))
+                assert index.takes_all_cores == divided
                 got, there = index.search(query, k)
                 assert torch.get_num_threads() == cores
-                assert len(calls) == 1
+                assert len(calls) == divided
                 calls.clear()
                 torch.testing.assert_close(got, similarity)
                 assert torch.equal(there < 0, ids < 0)
@@ -195,13 +196,45 @@ def test_cores_share_the_lists_of_one_query(tmp_path, spec, metric, threads, mon
 
 
 @pytest.mark.parametrize(
-    "spec", ["Flat", "HNSW8", "IVF8,SQ8,Refine(keys)", "IVF8,SQ8,Refine(Flat)"]
+    "spec", ["Flat", "HNSW8", "IVF8,SQ8,Refine(keys)", "IVF8,SQ8,Refine(Flat)", "IVF8,PQ8x4fsr"]
 )
 def test_others_are_searched_by_one_core(tmp_path, spec, threads, monkeypatch):
     """Of a fast scan of residuals all lists together decide how its tables are rounded."""
     monkeypatch.setattr(index_faiss, "has_torchs_threads", lambda: True)
     threads(2)
     assert not build(tmp_path, clustered(600, 8), spec).takes_all_cores
+
+
+@pytest.mark.parametrize("spec", ["IVF8,PQ8x4fs", "IVF8,Flat", "IMI2x4,Flat"])
+@pytest.mark.parametrize("k", [1, 3, 300])
+def test_a_share_that_finds_nothing(spec, k, threads, monkeypatch):
+    """All entries but three are gone, and more lists are asked for than there are."""
+    monkeypatch.setattr(index_faiss, "has_torchs_threads", lambda: True)
+    keys = clustered(600, 8).float().numpy()
+    own = faiss.index_factory(8, spec)
+    own.train(keys)
+    own.add(keys[:3])
+    own.nprobe = 300
+    index = FaissIndex(own)
+    assert index._shares(2) == 2
+    found = []
+    for cores in (1, 2):
+        threads(cores)
+        found.append(index.search(torch.from_numpy(keys[:1]), k))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1][0, 0] == found[1][1][0, 0] == 0
+    assert torch.equal(found[0][1] < 0, found[1][1] < 0)
+
+
+def test_a_limit_of_codes_is_one_of_all_lists(threads, monkeypatch):
+    monkeypatch.setattr(index_faiss, "has_torchs_threads", lambda: True)
+    keys = clustered(600, 8).float().numpy()
+    own = faiss.index_factory(8, "IVF8,Flat")
+    own.train(keys)
+    own.add(keys)
+    own.nprobe, own.max_codes = 4, 50
+    threads(2)
+    assert not FaissIndex(own).takes_all_cores
 
 
 @pytest.mark.parametrize("first", ["torch", "faiss"])
@@ -283,7 +316,11 @@ def test_a_moved_origin_is_refused_for_inner_products(tmp_path):
 @pytest.mark.parametrize("memory", [0, 60_000 * 25, 1 << 40])
 def test_auto_works_in_odd_dimensions(tmp_path, metric, dim, memory):
     keys = clustered(800, dim)
-    spec = choose(60_000, dim, memory=memory).replace("IVF256", "IVF8").replace("IVF1024", "IVF32")
+    spec = (
+        choose(60_000, dim, metric, memory=memory)
+        .replace("IVF256", "IVF8")
+        .replace("IVF1024", "IVF32")
+    )
     ids = build(tmp_path, keys, spec, metric).search(keys[:5].float(), 10)[1]
     assert ids.shape == (5, 10)
     assert (ids >= 0).all()
@@ -297,6 +334,7 @@ def test_auto_chooses_by_size_and_memory():
     assert choose(1000, 64) == "exact"
     assert choose(60_000, 256, memory=1 << 40) == "RR256,IVF1024(PQ256x4fs),PQ256x4fs"
     assert choose(2_700_000, 256, memory=1 << 40) == "RR256,IVF4096(PQ256x4fs),PQ256x4fs"
+    assert choose(2_700_000, 256, "ip", memory=1 << 40) == "RR256,IVF2048,PQ256x4fs"
     assert choose(2_700_000, 255, memory=1 << 40) == "RR255,IVF4096(PQ255x4fs),PQ255x4fs"
     assert choose(2_700_000, 16, memory=1 << 40) == "IVF2048,SQ8"
     assert choose(103_000_000, 1024, memory=50 << 30) == "RR1024,IVF16384(PQ1024x4fs),PQ1024x4fs"
@@ -309,7 +347,8 @@ def test_autos_similarities_hold_where_few_directions_vary_most(tmp_path, metric
     scale = torch.exp(torch.randn(64, generator=torch.Generator().manual_seed(0)))
     scale[:2] *= 20
     keys = (clustered(3000, 64) * scale).half()
-    auto = choose(60_000, 64, memory=1 << 40).replace("IVF1024", "IVF32")
+    auto = choose(60_000, 64, metric, memory=1 << 40)
+    auto = auto.replace("IVF1024", "IVF32").replace("IVF256", "IVF8")
 
     def error(spec):
         return build(tmp_path, keys, spec, metric).info.self_check["distance_error"]

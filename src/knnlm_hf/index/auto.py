@@ -6,6 +6,8 @@ import math
 import os
 from collections.abc import Mapping
 
+from knnlm_hf.types import Metric
+
 EXACT_BELOW = 50_000
 """Entries up to which exact search is fast enough that an index would only lose."""
 _SMALLEST_QUANTISED = 32
@@ -16,12 +18,13 @@ _FEWEST_CODED = 1024
 """Centres of lists from which their codes can be learnt."""
 
 
-def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
+def choose(entries: int, dim: int, metric: Metric = "l2", *, memory: int | None = None) -> str:
     """The spec that `auto` stands for.
 
     Args:
         entries: N.
         dim: D.
+        metric: `l2` or `ip`.
         memory: bytes the search may use; default: what the machine has available.
 
     Returns:
@@ -29,8 +32,9 @@ def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
         which FAISS's fast scan takes candidates and similarities at once: N·(D/2 + 8) bytes, and no
         key is read. Keys are rotated at random first. Distances stay what they are, while all
         directions come to matter alike: a few of large variance, as models have, would leave the
-        others too few of the 255 steps of a scan's tables. The lists' centres are coded alike, so
-        that there can be twice as many: a query passes fewer entries on its way to the nearest.
+        others too few of the 255 steps of a scan's tables. With l2 the lists' centres are coded
+        alike, so that there can be twice as many: a query passes fewer entries on its way to the
+        nearest. (With ip a coded scan finds no list for a key of zeros, which would be lost.)
 
         Where that does not fit in memory, 4 bits for two dimensions, else for four. Where an index
         built so errs too much, the stored keys refine it, see `must_refine`.
@@ -42,6 +46,8 @@ def choose(entries: int, dim: int, *, memory: int | None = None) -> str:
     if dim < _SMALLEST_QUANTISED:
         return f"IVF{2**magnitude},SQ8"
     if entries * (-(-dim // 2) + _ID_BYTES) <= memory:
+        if metric == "ip":
+            return f"RR{dim},IVF{2**magnitude},PQ{dim}x4fs"
         lists = max(_FEWEST_CODED, 2 ** (magnitude + 1))
         return f"RR{dim},IVF{lists}(PQ{dim}x4fs),PQ{dim}x4fs"
     # subtle: `r` codes what is left of a key after its list's centre, which halves the error of

@@ -180,7 +180,19 @@ class FaissIndex(SearchIndex):
         Where FAISS has threads of its own, one query is not worth waking them: they then spin while
         the model wants the cores. Those of torch do so anyway.
         """
-        return self._has_shares and self.keys is None and torch.get_num_threads() > 1
+        return self.keys is None and self._shares(torch.get_num_threads()) > 1
+
+    def _shares(self, threads: int) -> int:
+        """Among how many cores the lists of a query are divided equally."""
+        if not self._has_shares:
+            return 1
+        most = min(threads, _MOST_SHARES)
+        return next(n for n in range(most, 0, -1) if self._lists_visited % n == 0)
+
+    @property
+    def _lists_visited(self) -> int:
+        """FAISS's own search looks for no more lists than there are, whatever its nprobe is."""
+        return min(int(self._ivf.nprobe), int(self._ivf.nlist))
 
     def _call(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
         """FAISS's distances and ids, (Q, k) arrays."""
@@ -193,19 +205,18 @@ class FaissIndex(SearchIndex):
             if index is self._moved_index:
                 for move in self._moves:
                     queries_QD = move.apply(queries_QD)
-                if rows == 1 < threads and self._has_shares:
-                    return self._of_one_query(queries_QD, k, threads)
+                if rows == 1 and (shares := self._shares(threads)) > 1:
+                    return self._of_one_query(queries_QD, k, shares)
             return self._in_order(index, queries_QD, k)
         finally:
             self._set_threads(threads)
 
-    def _of_one_query(self, query_1D: Any, k: int, threads: int) -> tuple[Any, Any]:
+    def _of_one_query(self, query_1D: Any, k: int, shares: int) -> tuple[Any, Any]:
         """Each core searches some of the query's lists, as if they were those of its own query.
 
         Shape suffixes: S share, P inverted list visited.
         """
-        ivf, lists = self._ivf, self._ivf.nprobe
-        shares = next(n for n in range(min(threads, _MOST_SHARES), 0, -1) if lists % n == 0)
+        ivf, lists = self._ivf, self._lists_visited
         centre_distance_1P, lists_1P = ivf.quantizer.search(query_1D, lists)
         queries_SD = query_1D.repeat(shares, axis=0)
         distance_SK = np.empty((shares, k), dtype=np.float32)
@@ -217,6 +228,8 @@ class FaissIndex(SearchIndex):
         ivf.search_preassigned_c(shares, queries, k, *rest, False, settings)
         distance_1n, ids_1n = distance_SK.reshape(1, -1), ids_SK.reshape(1, -1)
         order_n = distance_1n[0] if self.metric == "l2" else -distance_1n[0]
+        # subtle: of one neighbour a fast scan that finds nothing says that it is very near.
+        order_n = np.where(ids_1n[0] < 0, np.inf, order_n)
         nearest_K = order_n.argsort(kind="stable")[:k]  # of sorted runs: they are merged
         return distance_1n.take(nearest_K, axis=1), ids_1n.take(nearest_K, axis=1)
 

@@ -60,7 +60,7 @@ def build_index(
         raise SearchIndexError("the store has no entries: there is nothing to index")
     factory = spec
     if spec == "auto":
-        factory = choose(len(keys), keys.dim)
+        factory = choose(len(keys), keys.dim, metric)
     facts: dict[str, Any] = {
         "spec": spec, "factory": factory, "metric": metric, "dim": keys.dim, "entries": len(keys),
         "digest": digest, "seed": seed, "nprobe": None, "bytes": 0, "sha256": "",

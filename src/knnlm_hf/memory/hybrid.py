@@ -120,7 +120,7 @@ class HybridMemory(KNNMemory):
         if len(self._before_QM) != len(ids_QK):
             raise KNNLMError(f"{len(ids_QK)} queries, but {len(self._before_QM)} places in a text")
         if len(ids_QK) == 1 and ids_QK.device.type == "cpu":
-            return self._matches_of_one(ids_QK[0].numpy(), self._before_QM[0].numpy())
+            return self._matches_of_one(ids_QK[0].numpy(), self._before_QM[0].cpu().numpy())
         ids_n = ids_QK.to("cpu").reshape(-1)
         alike_QK = (ids_n >= 0).view(ids_QK.shape)
         ids_n = ids_n.clamp(min=0)

@@ -2,7 +2,8 @@
 
 `att` is captured before the last feed-forward sublayer and the output layer, which for one token
 take about as long as a search, or as a head's product. One core is left to that, which then costs
-little: a model's step for one token is bound by memory, so it does not miss the core.
+little: a model's step for one token is bound by memory, so it does not miss the core. A search that
+takes all cores waits for them instead, where the model's products gain as much by both.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def ask(memory: Any, states: Tensor, device: torch.device | None = None) -> Answ
 
 def ask_of_one(memory: Any, state: Tensor) -> Answer | Few:
     """The same of a single state in a step of generation, in short where neighbours say it."""
-    if getattr(memory.log_probs, "__func__", None) is not NeighbourMemory.log_probs:
+    method = memory.log_probs
+    is_own = getattr(method, "__self__", None) is memory  # not handed on from another
+    if not is_own or getattr(method, "__func__", None) is not NeighbourMemory.log_probs:
         return ask(memory, state)
     said = memory.said_of_one(state)
     return said if isinstance(said, Few) else Answer(said, has_hit(said))

@@ -281,7 +281,8 @@ def _kept_places(own: Retrieval, arguments: dict[str, Any], text: Text) -> tuple
     """Row and place in `text` of each position that has logits; the new ones stand last in it."""
     rows, read_S = text.values.shape
     length = inputs_of(arguments).shape[1]
-    if rows == length == 1:
+    keep = arguments.get("logits_to_keep")
+    if rows == length == 1 and (keep is None or isinstance(keep, int)):
         places = torch.tensor([0, read_S - 1], device=text.values.device)
         return places[:1], places[1:]
     grid_BT2 = torch.cartesian_prod(

@@ -118,9 +118,10 @@ def read(
         layer.fit(before, states_BTD)
     seen = layer.get_seq_length()
     if seen and states_BTD.shape[:2] == (1, 1) and layer.values.device.type == "cpu":
-        layer.values, newest_3 = layer.values[:, :, :-1], layer.values[0, 0, -1].tolist()
+        newest_3 = layer.values[0, 0, -1].tolist()
         marks_23 = _after_one_token(newest_3, *_token_and_position(arguments, seen))
-        layer.update(states_BTD[:, None], torch.tensor([[marks_23]]))
+        layer.values = layer.values[:, :, :-1]
+        layer.update(states_BTD[:, None], torch.tensor([[marks_23]], device=layer.values.device))
         return layer.text
     tokens_BT, positions_BT = _tokens_and_positions(states_BTD, arguments, seen)
     last_B3 = layer.last(states_BTD)
@@ -163,7 +164,7 @@ def _token_and_position(arguments: dict[str, Any], begin: int) -> tuple[int, int
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     positions = arguments.get("position_ids")
     token = int(ids) if isinstance(ids, Tensor) and ids.shape == (1, 1) else _UNKNOWN
-    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] and int(mask[0, -1]) == 0:
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] and mask[0, -1].item() == 0:
         token = _PADDING
     if isinstance(positions, Tensor) and positions.shape in ((1,), (1, 1)):
         return token, int(positions)
