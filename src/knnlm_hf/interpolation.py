@@ -66,10 +66,18 @@ def knn_log_probs(
         >>> knn_log_probs(torch.zeros(1, 3), torch.tensor([[2, 0, 2]]), 1.0, 4).exp()
         tensor([[0.3333, 0.0000, 0.6667, 0.0000]])
     """
-    shape, device = (similarity_QK.shape[0], vocab_size), similarity_QK.device
+    said = few_or_all(similarity_QK, tokens_QK, temperature, vocab_size)
+    return said.log_probs() if isinstance(said, Few) else said
+
+
+def few_or_all(
+    similarity_QK: Tensor, tokens_QK: Tensor, temperature: float, vocab_size: int
+) -> Few | Tensor:
+    """`knn_log_probs`, or the same in short where `said_by_few` can say it."""
     few = said_by_few(similarity_QK, tokens_QK, temperature, vocab_size)
     if few is not None:
-        return few.log_probs()
+        return few
+    shape, device = (similarity_QK.shape[0], vocab_size), similarity_QK.device
     result_QV = torch.full(shape, -_INF, device=device)
     log_weights_QK = knn_weights(similarity_QK, temperature)
     # A missing hit is given token 0 with weight exp(−inf) = 0, so that it can be scattered.

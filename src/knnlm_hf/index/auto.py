@@ -41,22 +41,24 @@ def choose(entries: int, dim: int, metric: Metric = "l2", *, memory: int | None 
     """
     if entries <= EXACT_BELOW:
         return "exact"
-    memory = available_memory() if memory is None else memory
+    room = available_memory() if memory is None else memory
+
+    def fits(codes: int) -> bool:
+        return entries * (-(-codes // 2) + _ID_BYTES) <= room
+
     magnitude = round(math.log2(math.sqrt(entries)))
     if dim < _SMALLEST_QUANTISED:
         return f"IVF{2**magnitude},SQ8"
-    if entries * (-(-dim // 2) + _ID_BYTES) <= memory:
+    if fits(dim):
         if metric == "ip":
             return f"RR{dim},IVF{2**magnitude},PQ{dim}x4fs"
         lists = max(_FEWEST_CODED, 2 ** (magnitude + 1))
         return f"RR{dim},IVF{lists}(PQ{dim}x4fs),PQ{dim}x4fs"
     # subtle: `r` codes what is left of a key after its list's centre, which halves the error of
     # coarse codes and takes a table per list and query. The centres must not be coded then.
-    codes = -(-dim // 2)
-    if entries * (-(-codes // 2) + _ID_BYTES) <= memory:
-        return f"RR{codes * 2},IVF{2**magnitude},PQ{codes}x4fsr"
-    codes = -(-dim // 4)
-    return f"RR{codes * 4},IVF{2**magnitude},PQ{codes}x4fsr"
+    each = 2 if fits(-(-dim // 2)) else 4
+    codes = -(-dim // each)
+    return f"RR{codes * each},IVF{2**magnitude},PQ{codes}x4fsr"
 
 
 def must_refine(

@@ -93,12 +93,10 @@ class FaissIndex(SearchIndex):
         is_ivf = isinstance(self._moved_index, faiss.IndexIVF) and not self._is_on_gpu
         is_apart = is_ivf and not (is_scan and self._moved_index.by_residual)
         self._has_shares = is_apart and not self._moved_index.max_codes and has_torchs_threads()
-        self._visiting, self._address = faiss.SearchParametersIVF, faiss.swig_ptr
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is read from the index: in a copy it is to be read from the copy."""
-        derived = {"_ivf", "_moves", "_moved_index", "_hnsw", "_host", "_refined"}
-        derived |= {"_set_threads", "_visiting", "_address"}
+        derived = "_ivf", "_moves", "_moved_index", "_hnsw", "_host", "_set_threads", "_refined"
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -216,14 +214,14 @@ class FaissIndex(SearchIndex):
 
         Shape suffixes: S share, P inverted list visited.
         """
-        ivf, lists = self._ivf, self._lists_visited
+        faiss, ivf, lists = load_faiss(), self._ivf, self._lists_visited
         centre_distance_1P, lists_1P = ivf.quantizer.search(query_1D, lists)
         queries_SD = query_1D.repeat(shares, axis=0)
         distance_SK = np.empty((shares, k), dtype=np.float32)
         ids_SK = np.empty((shares, k), dtype=np.int64)
         arrays = queries_SD, lists_1P, centre_distance_1P, distance_SK, ids_SK
-        queries, *rest = map(self._address, arrays)
-        settings = self._visiting(nprobe=lists // shares)
+        queries, *rest = map(faiss.swig_ptr, arrays)
+        settings = faiss.SearchParametersIVF(nprobe=lists // shares)
         self._set_threads(shares)
         ivf.search_preassigned_c(shares, queries, k, *rest, False, settings)
         distance_1n, ids_1n = distance_SK.reshape(1, -1), ids_SK.reshape(1, -1)

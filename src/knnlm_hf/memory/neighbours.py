@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from knnlm_hf.errors import KNNLMError
-from knnlm_hf.interpolation import Few, knn_log_probs, said_by_few, token_knn_log_probs
+from knnlm_hf.interpolation import Few, few_or_all, knn_log_probs, token_knn_log_probs
 from knnlm_hf.types import Neighbors, check_temperature
 
 _MAX_DISTRIBUTION = 1 << 26  # (Q, V) elements made at a time
@@ -61,9 +61,9 @@ class NeighbourMemory(ABC):
     def log_probs(self, hidden: Tensor) -> Tensor:
         """log p_kNN of every token: (..., D) → (..., V) float32, −inf where no neighbour is."""
         near = self._near(hidden)
+        score_QK, tokens_QK = self.scored(near), near.tokens
         settings = self.temperature, self.vocab_size
         step = max(1, _MAX_DISTRIBUTION // self.vocab_size)
-        score_QK, tokens_QK = self.scored(near), near.tokens
         if score_QK.shape[0] <= step:
             log_probs_QV = knn_log_probs(score_QK, tokens_QK, *settings)
         else:
@@ -74,12 +74,8 @@ class NeighbourMemory(ABC):
     def said_of_one(self, hidden: Tensor) -> Few | Tensor:
         """`log_probs` of one state (..., D) on the CPU, without the (..., V) where that can be."""
         near = self._near(hidden)
-        score_1K, settings = self.scored(near), (self.temperature, self.vocab_size)
-        few = said_by_few(score_1K, near.tokens, *settings)
-        if few is not None:
-            return few
-        log_probs_1V = knn_log_probs(score_1K, near.tokens, *settings)
-        return log_probs_1V.view(*hidden.shape[:-1], self.vocab_size)
+        said = few_or_all(self.scored(near), near.tokens, self.temperature, self.vocab_size)
+        return said if isinstance(said, Few) else said.view(*hidden.shape[:-1], self.vocab_size)
 
     def token_log_probs(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """log p_kNN of one token per state, without a (..., V) tensor: (..., D), (...) → (...).

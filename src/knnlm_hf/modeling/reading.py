@@ -118,7 +118,7 @@ def read(
         layer.fit(before, states_BTD)
     seen = layer.get_seq_length()
     if seen and states_BTD.shape[:2] == (1, 1) and layer.values.device.type == "cpu":
-        newest_3 = layer.values[0, 0, -1].tolist()
+        newest_3 = layer.last(states_BTD)[0].tolist()
         marks_23 = _after_one_token(newest_3, *_token_and_position(arguments, seen))
         layer.values = layer.values[:, :, :-1]
         layer.update(states_BTD[:, None], torch.tensor([[marks_23]], device=layer.values.device))
