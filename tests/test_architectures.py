@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import reference
 import torch
 from architectures import ARCHITECTURES, D, V, tiny
-from tiny_memory import memory_of
+from tiny_memory import head_of, memory_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +22,7 @@ from knnlm_hf.errors import CaptureError
 from knnlm_hf.forwards import can_share
 from knnlm_hf.memory import CacheMemory, product
 from knnlm_hf.modeling import KNNLMForCausalLM, output_layer
+from knnlm_hf.modeling.generating import only_tokens
 from knnlm_hf.parallel import two_at_a_time
 
 LMBDA = 0.6
@@ -257,3 +259,25 @@ def test_the_text_itself_in_a_kv_cache_is_the_whole_text(case: Case) -> None:
     steps = torch.stack(made.logits, dim=1)
     torch.testing.assert_close(steps, whole, rtol=0, atol=2e-3)
     assert not torch.allclose(steps, alone, rtol=0, atol=0.05)
+
+
+def test_nothing_of_inference_mode_is_left(case: Case) -> None:
+    """Neither in the model, which keeps one thing or another of a call, nor anywhere else."""
+    head = head_of(case.model, case.best_layer)
+    knn = KNNLMForCausalLM(case.model, head, LMBDA)
+    settings: dict[str, Any] = {
+        "attention_mask": torch.ones_like(case.input_ids),
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+        "do_sample": False,
+        "use_cache": case.model_type not in WRONG_CACHE,
+    }
+    assert only_tokens(knn, settings)
+    tokens = knn.generate(case.input_ids, **settings)
+    gc.collect()
+    found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.is_inference()]
+    assert not found
+    plain = knn.generate(case.input_ids, **settings, return_dict_in_generate=True)
+    assert torch.equal(tokens, plain.sequences)
+    knn(tokens, labels=tokens, use_cache=False).loss.backward()
+    knn.zero_grad()

@@ -137,6 +137,11 @@ class _Hook:
             self.hear((*args, *kwargs.values()) if self.side == "input" else output)
 
 
+def is_own_hook(hook: Any) -> bool:
+    """Whether a hook found on a module is one of these, which sleep and keep nothing."""
+    return isinstance(hook, _Hook)
+
+
 def _first_tensor(values: Any, point: CapturePoint) -> Tensor:
     if isinstance(values, Tensor):
         return values

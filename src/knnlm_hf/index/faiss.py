@@ -6,6 +6,7 @@ similarity = FAISS's inner product         for ip: a similarity already, so not 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from functools import cached_property
@@ -221,13 +222,14 @@ class FaissIndex(SearchIndex):
         ids_SK = np.empty((shares, k), dtype=np.int64)
         arrays = queries_SD, lists_1P, centre_distance_1P, distance_SK, ids_SK
         queries, *rest = map(faiss.swig_ptr, arrays)
-        settings = faiss.SearchParametersIVF(nprobe=lists // shares)
+        settings = _visiting(lists // shares)
         self._set_threads(shares)
         ivf.search_preassigned_c(shares, queries, k, *rest, False, settings)
         distance_1n, ids_1n = distance_SK.reshape(1, -1), ids_SK.reshape(1, -1)
         order_n = distance_1n[0] if self.metric == "l2" else -distance_1n[0]
-        # subtle: of one neighbour a fast scan that finds nothing says that it is very near.
-        order_n = np.where(ids_1n[0] < 0, np.inf, order_n)
+        if ids_1n.min() < 0:
+            # subtle: of one neighbour a fast scan that finds nothing says that it is very near.
+            order_n = np.where(ids_1n[0] < 0, np.inf, order_n)
         nearest_K = order_n.argsort(kind="stable")[:k]  # of sorted runs: they are merged
         return distance_1n.take(nearest_K, axis=1), ids_1n.take(nearest_K, axis=1)
 
@@ -302,6 +304,12 @@ class FaissIndex(SearchIndex):
             on_host = load_faiss().index_gpu_to_cpu(self.index)
             self._host = FaissIndex(on_host, self.metric, keys=self.keys)
         return self._host
+
+
+@functools.lru_cache
+def _visiting(lists: int) -> Any:
+    """FAISS's settings of a search in so many lists, which take a while to be made."""
+    return load_faiss().SearchParametersIVF(nprobe=lists)
 
 
 def _nearest_first(similarity_QK: Tensor) -> Tensor:

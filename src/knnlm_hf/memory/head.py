@@ -255,7 +255,8 @@ class Head(HeadFiles, nn.Module):
             return cls._made(settings)
 
     def _chunks(self, rows_Q: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(rows_Q, max(1, _CHUNK_ELEMENTS // self._width))
+        most = max(1, _CHUNK_ELEMENTS // self._width)
+        return (rows_Q,) if len(rows_Q) <= most else torch.split(rows_Q, most)
 
     def _flat(self, hidden: Tensor) -> Tensor:
         """(..., D) → (Q, D), of the head's device and dtype."""
@@ -289,8 +290,9 @@ class Head(HeadFiles, nn.Module):
 
     def _any_tensor(self) -> Tensor:
         """A parameter, or a floating-point buffer."""
-        tensors = chain(self.parameters(), self.buffers())
-        return next(tensor for tensor in tensors if tensor.is_floating_point())
+        own = chain(self._parameters.values(), self._buffers.values())  # first: soon found
+        tensors = chain(own, self.parameters(), self.buffers())
+        return next(t for t in tensors if t is not None and t.is_floating_point())
 
 
 def first_rows(count: int, hidden_size: int) -> nn.Parameter:

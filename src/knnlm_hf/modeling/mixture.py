@@ -195,7 +195,7 @@ def _answer(
         text = texts[asked.heard.point]
         memory = memory.reading(text, *_kept_places(own, call.arguments, text))
     on_cpu = states.device.type == lm.device.type == "cpu"
-    if call.in_step and on_cpu and lm.shape[:-1].numel() == 1:
+    if call.in_step and on_cpu and lm.numel() == lm.shape[-1]:
         _check_width(memory, states)
         answer = ask_of_one(memory, states)
         if isinstance(answer, Few):

@@ -40,7 +40,7 @@ def _slice(states_BTD: Tensor, keep: Any) -> Tensor:
             (number of True, D), or else any index of the positions: most often a 1-D tensor.
     """
     if keep is None or isinstance(keep, int):
-        return states_BTD[:, -keep:] if keep else states_BTD
+        return states_BTD[:, -keep:] if keep and keep != states_BTD.shape[1] else states_BTD
     if isinstance(keep, Tensor):
         keep = keep.to(states_BTD.device)
         if keep.dim() == 2 and keep.dtype == torch.bool:

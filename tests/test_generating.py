@@ -1,0 +1,297 @@
+"""generate() in inference mode: where it is taken, and that nothing of it is left behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import V, tiny
+from stores import random
+from tiny_memory import head_of, memory_of
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from knnlm_hf.index.exact import ExactIndex
+from knnlm_hf.memory import CacheMemory, KNNMemory
+from knnlm_hf.modeling import KNNLMForCausalLM
+from knnlm_hf.modeling.generating import only_tokens
+
+IDS = torch.tensor([[3, 9, 27, 17, 51]])
+SETTINGS: dict[str, Any] = {
+    "attention_mask": torch.ones_like(IDS),
+    "max_new_tokens": 6,
+    "min_new_tokens": 6,
+    "do_sample": False,
+}
+
+
+class Watch(BaseStreamer):
+    """What mode each token came in."""
+
+    def __init__(self) -> None:
+        self.modes: set[bool] = set()
+
+    def put(self, value: Tensor) -> None:
+        self.modes.add(torch.is_inference_mode_enabled())
+
+    def end(self) -> None:
+        pass
+
+
+def modes(knn: Any, **arguments: Any) -> set[bool]:
+    watch = Watch()
+    knn.generate(IDS, streamer=watch, **SETTINGS, **arguments)
+    return watch.modes
+
+
+def made(model_type: str = "llama", **settings: Any) -> Any:
+    model = tiny(model_type, **settings)
+    return KNNLMForCausalLM(model, head_of(model), 0.6)
+
+
+@pytest.fixture
+def knn() -> Any:
+    return made()
+
+
+def marked() -> list[Tensor]:
+    """Every tensor there is that was made in inference mode."""
+    gc.collect()
+    return [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.is_inference()]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("choice", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 5}], ids=str)
+def test_tokens_are_the_same(knn: Any, batch: int, choice: dict[str, Any]) -> None:
+    settings = SETTINGS | {"attention_mask": torch.ones(batch, 5)} | choice
+    torch.manual_seed(4)
+    tokens = knn.generate(IDS.repeat(batch, 1), **settings)
+    torch.manual_seed(4)
+    plain = knn.generate(IDS.repeat(batch, 1), **settings, return_dict_in_generate=True).sequences
+    assert torch.equal(tokens, plain)
+
+
+def test_tokens_can_be_trained_on(knn: Any) -> None:
+    assert modes(knn) == {True}
+    tokens = knn.generate(IDS, **SETTINGS)
+    assert not tokens.is_inference()
+    tokens[0, 0] = 5  # elsewhere, one made in that mode refuses
+    loss = knn(tokens, labels=tokens).loss
+    loss.backward()
+    assert knn.get_input_embeddings().weight.grad[5].abs().sum() > 0
+    assert torch.embedding(nn.Parameter(torch.randn(V, 4)), tokens).requires_grad
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"generation_config": GenerationConfig(top_k=3, eos_token_id=None, pad_token_id=0)},
+        {"stopping_criteria": [], "past_key_values": None, "tokenizer": object()},
+        {"use_cache": False, "repetition_penalty": 1.2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=["none", "config", "empty", "no cache", "prompt lookup"],
+)
+def test_everyday_calls_are_in_inference_mode(knn: Any, arguments: dict[str, Any]) -> None:
+    assert only_tokens(knn, {"inputs": IDS, **SETTINGS, **arguments})
+
+
+def test_other_memories(knn: Any) -> None:
+    base = knn.unwrap()
+    reads = CacheMemory.of(base)
+    assert modes(KNNLMForCausalLM(base, [reads, head_of(base)], [0.2, 0.3])) == {True}
+    own = memory_of(base, "llama", "att")
+    assert modes(KNNLMForCausalLM(base, own)) == {False}  # of an unknown class
+    assert modes(KNNLMForCausalLM(base, [head_of(base), own], [0.2, 0.2])) == {False}
+
+
+def test_indexes(tmp_path: Path) -> None:
+    class Mine(ExactIndex):
+        """Somebody's own."""
+
+    model = tiny("llama")
+    store = random(tmp_path / "store", dim=32)
+    for index, mode in ((ExactIndex(store.keys), True), (Mine(store.keys), False)):
+        memory = KNNMemory(store, index=index, k=8)
+        assert modes(KNNLMForCausalLM(model, memory, allow_mismatch=True)) == {mode}
+
+
+def test_other_forwards() -> None:
+    class Mine(KNNLMForCausalLM):
+        """Somebody's own."""
+
+    model = tiny("llama")
+    assert modes(Mine(model, head_of(model))) == {False}
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    assert modes(KNNLMForCausalLM(model, head_of(model))) == {False}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        lambda knn: {"return_dict_in_generate": True},
+        lambda knn: {"generation_config": GenerationConfig(return_dict_in_generate=True)},
+        lambda knn: {"cache_implementation": "static"},
+        lambda knn: {"past_key_values": DynamicCache(config=knn.config)},
+        lambda knn: {"logits_processor": LogitsProcessorList([lambda ids, scores: scores])},
+        lambda knn: {"prefix_allowed_tokens_fn": lambda row, ids: [1, 2, 3]},
+        lambda knn: {"assistant_model": tiny("llama", seed=1)},
+    ],
+    ids=["dict", "dict by config", "static", "cache", "processor", "prefix", "assistant"],
+)
+def test_what_outlives_the_call_is_not_made_in_inference_mode(
+    knn: Any, arguments: Callable[[Any], dict[str, Any]]
+) -> None:
+    given = arguments(knn)
+    assert not only_tokens(knn, {"inputs": IDS, **SETTINGS, **given})
+    if "assistant_model" in given:  # which streams nothing
+        knn.generate(IDS, **SETTINGS, **given)
+    else:
+        assert modes(knn, **given) == {False}
+    assert not marked()
+
+
+def test_a_cache_of_the_users_can_be_trained_on(knn: Any) -> None:
+    cache = DynamicCache(config=knn.config)
+    tokens = knn.generate(IDS, **SETTINGS, past_key_values=cache)
+    knn(tokens[:, -1:], past_key_values=cache, labels=tokens[:, -1:])
+    made = knn.generate(IDS, **SETTINGS, return_dict_in_generate=True, output_logits=True)
+    assert not made.logits[0].is_inference()
+    assert not made.past_key_values.layers[0].keys.is_inference()
+
+
+class OtherLinear(nn.Linear):
+    """Somebody's own module."""
+
+
+def _hooked(knn: Any) -> None:
+    knn.model.layers[0].register_forward_hook(lambda *_: None)
+
+
+def _patched(knn: Any) -> None:
+    layer = knn.model.layers[0].mlp
+    layer.forward = layer.forward
+
+
+def _other_module(knn: Any) -> None:
+    knn.model.layers[0].mlp.up_proj.__class__ = OtherLinear
+
+
+def _other_weight(knn: Any) -> None:
+    class Quantised(nn.Parameter):
+        pass
+
+    layer = knn.model.layers[0].mlp.up_proj
+    layer.weight = Quantised(layer.weight.data)
+
+
+def _hooked_head(knn: Any) -> None:
+    knn.memory.register_forward_pre_hook(lambda *_: None)
+
+
+def _compiled_layer(knn: Any) -> None:
+    knn.model.layers[0]._compiled_call_impl = knn.model.layers[0]._call_impl
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _hooked, _patched, _other_module, _other_weight, _hooked_head, _compiled_layer,
+        lambda knn: knn.train(),
+    ],
+)  # fmt: skip
+def test_unknown_code_does_not_run_in_inference_mode(
+    knn: Any, change: Callable[[Any], None]
+) -> None:
+    expected = knn.generate(IDS, **SETTINGS)
+    assert modes(knn) == {True}
+    change(knn)
+    assert modes(knn) == {False}
+    knn.eval()
+    assert torch.equal(knn.generate(IDS, **SETTINGS), expected)
+
+
+def test_surroundings(knn: Any) -> None:
+    """Nor under autocast, with a hook on all modules, in a model of remote code, or without kNN."""
+    with torch.autocast("cpu", torch.bfloat16):
+        assert modes(knn) == {False}
+    everywhere = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert modes(knn) == {False}
+    everywhere.remove()
+    with knn.disable_retrieval():
+        assert modes(knn) == {False}
+    assert modes(knn) == {True}
+    remote = type("Remote", (type(knn.unwrap()),), {"__module__": "transformers_modules.me.model"})
+    model = remote(copy.deepcopy(knn.config)).eval()
+    assert modes(KNNLMForCausalLM(model, knn.memory)) == {False}
+
+
+def test_positional_settings_and_streams(knn: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Decoder:
+        def decode(self, ids: Any, **_: Any) -> str:
+            return " ".join(map(str, list(ids))) + "\n"
+
+    config = GenerationConfig(max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    tokens = knn.generate(IDS, config)
+    assert torch.equal(tokens, knn.generate(inputs=IDS, generation_config=config))
+    assert torch.equal(tokens, knn.generate(input_ids=IDS, generation_config=config))
+    knn.generate(IDS, generation_config=config, streamer=TextStreamer(Decoder()))
+    assert str(int(tokens[0, -1])) in capsys.readouterr().out
+
+
+def test_inside_inference_mode(knn: Any) -> None:
+    """A user's own block stays a block of theirs."""
+    with torch.inference_mode():
+        tokens = knn.generate(IDS, **SETTINGS)
+    assert torch.equal(tokens, knn.generate(IDS, **SETTINGS))
+
+
+LONGER: dict[str, dict[str, Any]] = {
+    "llama": {
+        "max_position_embeddings": 16,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    },
+    "xglm": {"max_position_embeddings": 16},
+    "ctrl": {},
+    "gpt2": {},
+}
+
+
+@pytest.mark.parametrize("model_type", LONGER)
+def test_what_a_model_keeps_can_be_trained_with(model_type: str) -> None:
+    """Rotary frequencies and tables of positions that grow with the text are kept in the model."""
+    knn = made(model_type, **LONGER[model_type])
+    before = knn.generate(IDS, **SETTINGS)
+    knn.generate(IDS, **SETTINGS | {"max_new_tokens": 24, "min_new_tokens": 24})
+    assert not marked()
+    knn(before, labels=before).loss.backward()
+    assert torch.equal(knn.generate(IDS, **SETTINGS), before)
+
+
+def test_nothing_is_left_when_it_fails() -> None:
+    knn = made("llama", **LONGER["llama"])
+
+    class Stop(BaseStreamer):
+        tokens = 0
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.numel()
+            if self.tokens > 25:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        knn.generate(IDS, **SETTINGS | {"max_new_tokens": 40}, streamer=Stop())
+    assert not torch.is_inference_mode_enabled()
+    assert not any(t.is_inference() for m in knn.modules() for t in m.buffers())
+    knn(IDS, labels=IDS).loss.backward()
