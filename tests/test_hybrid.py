@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import shutil
 import threading
 from dataclasses import replace
 from typing import Any
@@ -27,6 +28,7 @@ from knnlm_hf import (
     tune,
 )
 from knnlm_hf.errors import KNNLMError, SettingError
+from knnlm_hf.interpolation import Few
 from knnlm_hf.memory.text import Text
 from knnlm_hf.modeling import ahead
 from knnlm_hf.tuning import descent, fit
@@ -110,7 +112,8 @@ SETTINGS = {"k": 20, "t": 6.0, "length": 3, "weight": 1.5}
 def memory_of(store: Any, **changes: Any) -> HybridMemory:
     s = {**SETTINGS, **changes}
     return HybridMemory(
-        store, k=s["k"], temperature=s["t"], metric=s.get("metric", "l2"), index="exact",
+        store, k=s["k"], temperature=s["t"], metric=s.get("metric", "l2"),
+        index=s.get("index", "exact"),
         match_length=s["length"], match_weight=s["weight"],
     )  # fmt: skip
 
@@ -170,6 +173,34 @@ def test_missing_hits_and_other_numbers_of_queries(store: Any) -> None:
     assert asked.matches(torch.empty(2, 0, dtype=torch.long)).shape == (2, 0)
     with pytest.raises(KNNLMError, match="3 queries, but 2 places"):
         asked.matches(torch.zeros(3, 1, dtype=torch.long))
+
+
+def test_what_is_said_of_one_query(model: Any, store: Any, tmp_path: Any) -> None:
+    """The same, whether or not it is found and said in arrays."""
+    shutil.copytree(store.path, tmp_path / "copy")
+    indexed = Datastore.open(tmp_path / "copy")
+    indexed.build_index("IVF2,Flat", progress=False)
+    item, generator = max(ITEMS, key=len), torch.Generator().manual_seed(1)
+    tokens = torch.tensor([[*item[1:], -1]])
+    text = Text(torch.zeros(1, len(item), store.dim), tokens, torch.zeros_like(tokens))
+    some = 0
+    for place in range(len(item)):
+        state = torch.randn(1, 1, store.dim, generator=generator)
+        answers = []
+        for memory in (memory_of(store), memory_of(indexed, index="IVF2,Flat")):
+            if memory.index_name != "exact":
+                memory.index.nprobe = 2
+            reader = memory.reading(text, torch.zeros(1).long(), torch.tensor([place]))
+            said = reader.said_of_one(state)
+            assert isinstance(said, Few)
+            answers.append(said.log_probs())
+            torch.testing.assert_close(answers[-1], reader.log_probs(state)[0])
+        torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+        some += int(not torch.allclose(answers[0], memory.said_of_one(state).log_probs()))
+    assert some > 3
+    reader = memory.reading(text, torch.zeros(2).long(), torch.tensor([0, 3]))
+    with pytest.raises(KNNLMError, match="1 queries, but 2 places"):
+        reader.said_of_one(state)
 
 
 @pytest.mark.parametrize("length", [1, 3, 7])

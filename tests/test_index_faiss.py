@@ -8,6 +8,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -193,6 +194,72 @@ def test_cores_share_the_lists_of_one_query(tmp_path, spec, metric, threads, mon
     threads(2)
     index.search(queries, 5)
     assert not calls
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("spec", [*SHARED, "Flat", "OPQ3_6,RR6,IVF8,Flat", "IVF8,SQ8,Refine(keys)"])
+def test_one_query_in_arrays(tmp_path, spec, metric, threads, monkeypatch):
+    """What `search` finds, by any number of cores, and the caller's own, whatever comes next."""
+    monkeypatch.setattr(index_faiss, "has_torchs_threads", lambda: True)
+    index = build(tmp_path, clustered(600, 8), spec, metric)
+    kept = []
+    queries = clustered(8, 8, seed=1).float()
+    cores, ks = (1, 2, 2, 3, 2, 2, 1, 2), (20, 20, 600, 1) * 2
+    for cores_used, k, query in zip(cores, ks, queries.split(1), strict=True):
+        threads(cores_used)
+        lists = 1 + len(kept) % 6
+        if index.nprobe is not None:
+            index.nprobe = lists
+        similarity, ids = index.search_one(query, k)
+        assert similarity.shape == ids.shape == (k,)
+        assert torch.get_num_threads() == cores_used
+        kept.append((index.nprobe, query, torch.from_numpy(similarity), torch.from_numpy(ids)))
+    for lists, query, similarity, ids in kept:
+        if lists is not None:
+            index.nprobe = lists
+        expected, there = index.search(query, len(ids))
+        torch.testing.assert_close(similarity.sort(descending=True).values, expected[0])
+        surely = expected[0] > expected[0][there[0] >= 0].min()
+        assert set(ids.tolist()) >= set(there[0][surely].tolist())
+
+
+def test_one_query_that_is_not_searched_in_arrays(tmp_path):
+    index = build(tmp_path, clustered(600, 8), "IVF8,Flat")
+    query = clustered(1, 8, seed=1)
+    assert index.search_one(query, 600) is not None
+    assert index.search_one(query, 601) is None  # hits are missing, for which there is `search`
+    assert index.search_one(query.to("meta"), 5) is None
+    with pytest.raises(KNNLMError, match="not finite"):
+        index.search_one(query * torch.nan, 5)
+    with pytest.raises(SearchIndexError, match="8-d keys"):
+        index.search_one(query[:, :5], 5)
+
+    class Mine(FaissIndex):
+        """With a search of its own, maybe."""
+
+    assert Mine(index.index).search_one(query, 5) is None
+    own = faiss.index_factory(8, "IVF1,Flat")
+    own.train(np.eye(40, 8, dtype=np.float32))
+    own.add_with_ids(np.eye(6, 8, dtype=np.float32), np.array([0, 1, 2, 3, 9_999, 5]))
+    with pytest.raises(SearchIndexError, match="names entry 9999, it holds 6"):
+        FaissIndex(own).search_one(query, 6)
+
+
+def test_threads_do_not_share_what_one_query_needs(tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(index_faiss, "has_torchs_threads", lambda: True)
+    index = build(tmp_path, clustered(600, 8), "RR8,IVF8,SQ8")
+    index.nprobe = 4
+    queries = clustered(200, 8, seed=1).float()
+    expected = index.search(queries, 5)[0].sort(dim=1).values
+
+    def ask(some):
+        torch.set_num_threads(2)
+        return [torch.from_numpy(index.search_one(queries[i : i + 1], 5)[0]) for i in some]
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(ask, [range(0, 200, 3), range(1, 200, 3), range(2, 200, 3)]))
+    for first, part in enumerate(found):
+        torch.testing.assert_close(torch.stack(part).sort(dim=1).values, expected[first::3])
 
 
 @pytest.mark.parametrize(

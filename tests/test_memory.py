@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import pickle
+import shutil
 
 import faiss
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 from knnlm_hf import Datastore, KNNMemory
 from knnlm_hf.errors import KNNLMError, SearchIndexError, SettingError
+from knnlm_hf.interpolation import Few
 from knnlm_hf.memory import Memory, as_memory
 
 INF = math.inf
@@ -22,6 +24,13 @@ INF = math.inf
 def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("memory") / "store"
     return Datastore.build(tiny.gpt2(), tiny.corpus(), path, dtype="float32", progress=False)
+
+
+@pytest.fixture
+def own_store(store, tmp_path):
+    """A copy, to be changed."""
+    shutil.copytree(store.path, tmp_path / "store")
+    return Datastore.open(tmp_path / "store")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +104,36 @@ def test_a_search_of_ones_own_is_seen_by_the_distribution(store, queries):
     assert torch.equal(memory.log_probs(queries), nearest.log_probs(queries))
 
 
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("settings", [
+    {}, {"k": 10_000}, {"index": "exact"}, {"rescore": True}, {"temperature": 1e-4}
+], ids=str)  # fmt: skip
+def test_what_is_said_of_one_query(own_store, queries, metric, settings):
+    """The same as of many, whether or not it is found and said in arrays."""
+    own_store.build_index("IVF2,SQ8", metric=metric, progress=False)
+    options = {"k": 9, "temperature": 2.0, "metric": metric, "index": "IVF2,SQ8"} | settings
+    for removed in ([], [0, 3, 4]):
+        if removed:
+            own_store.remove(removed)
+        memory = KNNMemory(own_store, **options)
+        for query in queries[:, None, None]:
+            said = memory.said_of_one(query)
+            if isinstance(said, Few):
+                said = said.log_probs().view(1, 1, -1)
+            expected = memory.log_probs(query.repeat(2, 1, 1))[:1]
+            torch.testing.assert_close(said, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_search_of_ones_own_is_seen_of_one_query(own_store, queries):
+    class OnlyOne(KNNMemory):
+        def search(self, queries, k=None, *, exclude=None):
+            return super().search(queries, 1, exclude=exclude)
+
+    own_store.build_index("IVF2,SQ8", progress=False)
+    memory = OnlyOne(own_store, k=20, index="IVF2,SQ8", temperature=1.0)
+    assert len(memory.said_of_one(queries[:1]).tokens) == 1
+
+
 def test_a_large_distribution_is_made_in_parts(store, queries, monkeypatch):
     memory = KNNMemory(store, k=7)
     whole = memory.log_probs(queries)
@@ -103,8 +142,9 @@ def test_a_large_distribution_is_made_in_parts(store, queries, monkeypatch):
     assert memory.log_probs(queries[:0]).shape == (0, memory.vocab_size)
 
 
-def test_more_neighbours_than_entries_are_missing_hits(store, queries):
-    near = KNNMemory(store, k=len(store) + 3).search(queries)
+@pytest.mark.parametrize("count", [1, 7])
+def test_more_neighbours_than_entries_are_missing_hits(store, queries, count):
+    near = KNNMemory(store, k=len(store) + 3).search(queries[:count])
     assert (near.ids[:, -3:] == -1).all()
     assert (near.tokens[:, -3:] == -1).all()  # not the last entry's value
     assert (near.similarity[:, -3:] == -INF).all()

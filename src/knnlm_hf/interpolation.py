@@ -134,11 +134,15 @@ def said_by_few(
     Nor where a neighbour is missing, or so far away that float64 does not hold its weight in full,
     or carries a token that is none.
     """
-    temperature = check_temperature(temperature)
     is_plain = similarity_1K.dtype == torch.float32 and not similarity_1K.requires_grad
     if similarity_1K.shape[0] != 1 or similarity_1K.device.type != "cpu" or not is_plain:
         return None
-    score_K, tokens_K = similarity_1K.numpy()[0], tokens_1K.numpy()[0]
+    return few_of(similarity_1K.numpy()[0], tokens_1K.numpy()[0], temperature, vocab_size)
+
+
+def few_of(score_K: Any, tokens_K: Any, temperature: float, vocab_size: int) -> Few | None:
+    """`said_by_few` of (K,) arrays, float32 and integers."""
+    temperature = check_temperature(temperature)
     peak = score_K.max()
     if peak == -_INF:
         return None

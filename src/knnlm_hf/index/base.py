@@ -143,6 +143,14 @@ class SearchIndex(ABC):
             return self._search_live(queries_QD, k, removed)
         return self._search(queries_QD, k) if ordered else self._search_unordered(queries_QD, k)
 
+    def search_one(self, query_1D: Tensor, k: int) -> tuple[Any, Any] | None:
+        """`search` for one query in a step of generation, among all entries and in any order.
+
+        Returns:
+            similarity and ids as (K,) arrays; None of a kind that has no shorter way for one.
+        """
+        return None
+
     def begin(
         self,
         queries_QD: Tensor,

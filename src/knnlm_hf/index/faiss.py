@@ -6,11 +6,10 @@ similarity = FAISS's inner product         for ip: a similarity already, so not 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from functools import cached_property
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from knnlm_hf.errors import SearchIndexError
 from knnlm_hf.index.base import SearchIndex, missing
 from knnlm_hf.index.exact import rescore
 from knnlm_hf.index.faiss_library import has_torchs_threads, load_faiss, moves_of, parts_of
+from knnlm_hf.index.faiss_one_query import OneQuery
 from knnlm_hf.index.faiss_refine import refined
 from knnlm_hf.parallel import over_blocks
 from knnlm_hf.types import KeyRows, Metric
@@ -29,6 +29,9 @@ from knnlm_hf.types import KeyRows, Metric
 if TYPE_CHECKING:
     from knnlm_hf.datastore.removal import Removed
 
+_DERIVED = (
+    "_ivf", "_moves", "_moved_index", "_hnsw", "_host", "_in_thread", "_set_threads", "_refined"
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 _widening = Lock()  # around a search with more lists than usual
 _SORTED_ROWS = 64
@@ -88,6 +91,7 @@ class FaissIndex(SearchIndex):
         few = has_lists and self._ivf.nlist <= _FEW_LISTS
         self._has_order = few and not is_moved and not (is_scan and self.keys is None)
         self._host: FaissIndex | None = None
+        self._in_thread = local()
         self._set_threads = faiss.omp_set_num_threads
         # FAISS can be told which lists to search, what it finds in one does not depend on the
         # others, as it does where the residuals' tables are rounded, and torch wakes its threads.
@@ -97,8 +101,7 @@ class FaissIndex(SearchIndex):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is read from the index: in a copy it is to be read from the copy."""
-        derived = "_ivf", "_moves", "_moved_index", "_hnsw", "_host", "_set_threads", "_refined"
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+        return {name: value for name, value in self.__dict__.items() if name not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -164,6 +167,14 @@ class FaissIndex(SearchIndex):
         checked_QD = self._checked(queries_QD).numpy()
         return lambda: self._read(self._call(index, checked_QD, k))
 
+    def search_one(self, query_1D: Tensor, k: int) -> tuple[Any, Any] | None:
+        """As of any index; where FAISS does all of it."""
+        index = self._whole if type(self) is FaissIndex and k <= len(self) else None
+        if index is None or query_1D.device.type != "cpu":
+            return None
+        similarity_1K, ids_1K = self._similar(self._call(index, self._checked(query_1D).numpy(), k))
+        return similarity_1K[0], ids_1K[0]
+
     @property
     def _whole(self) -> Any | None:
         """The `faiss.Index` that does all of it; None where torch has to refine."""
@@ -202,36 +213,21 @@ class FaissIndex(SearchIndex):
         self._set_threads(min(threads, rows))
         try:
             if index is self._moved_index:
-                for move in self._moves:
-                    queries_QD = move.apply(queries_QD)
                 if rows == 1 and (shares := self._shares(threads)) > 1:
                     return self._of_one_query(queries_QD, k, shares)
+                for move in self._moves:
+                    queries_QD = move.apply(queries_QD)
             return self._in_order(index, queries_QD, k)
         finally:
             self._set_threads(threads)
 
     def _of_one_query(self, query_1D: Any, k: int, shares: int) -> tuple[Any, Any]:
-        """Each core searches some of the query's lists, as if they were those of its own query.
-
-        Shape suffixes: S share, P inverted list visited.
-        """
-        faiss, ivf, lists = load_faiss(), self._ivf, self._lists_visited
-        centre_distance_1P, lists_1P = ivf.quantizer.search(query_1D, lists)
-        queries_SD = query_1D.repeat(shares, axis=0)
-        distance_SK = np.empty((shares, k), dtype=np.float32)
-        ids_SK = np.empty((shares, k), dtype=np.int64)
-        arrays = queries_SD, lists_1P, centre_distance_1P, distance_SK, ids_SK
-        queries, *rest = map(faiss.swig_ptr, arrays)
-        settings = _visiting(lists // shares)
-        self._set_threads(shares)
-        ivf.search_preassigned_c(shares, queries, k, *rest, False, settings)
-        distance_1n, ids_1n = distance_SK.reshape(1, -1), ids_SK.reshape(1, -1)
-        order_n = distance_1n[0] if self.metric == "l2" else -distance_1n[0]
-        if ids_1n.min() < 0:
-            # subtle: of one neighbour a fast scan that finds nothing says that it is very near.
-            order_n = np.where(ids_1n[0] < 0, np.inf, order_n)
-        nearest_K = order_n.argsort(kind="stable")[:k]  # of sorted runs: they are merged
-        return distance_1n.take(nearest_K, axis=1), ids_1n.take(nearest_K, axis=1)
+        size = k, shares, self._lists_visited
+        one: OneQuery | None = getattr(self._in_thread, "one", None)
+        if one is None or one.size != size:
+            one = self._in_thread.one = OneQuery(self._moves, self._ivf, *size)
+        distance_K, ids_K = one.search(query_1D[0])
+        return distance_K[None], ids_K[None]
 
     def _in_order(self, index: Any, queries_QD: Any, k: int) -> tuple[Any, Any]:
         if not self._has_order or len(queries_QD) < _MANY_QUERIES:
@@ -251,6 +247,10 @@ class FaissIndex(SearchIndex):
         return self._ivf.quantizer.search(queries_QD, 1)[1][:, 0].argsort(kind="stable")
 
     def _read(self, found: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        similarity_QK, ids_QK = self._similar(found)
+        return torch.from_numpy(similarity_QK), torch.from_numpy(ids_QK)
+
+    def _similar(self, found: tuple[Any, Any]) -> tuple[Any, Any]:
         """Similarities and ids of distances and ids, which are overwritten."""
         similarity_QK, ids_QK = found
         if self.metric == "l2":
@@ -264,7 +264,7 @@ class FaissIndex(SearchIndex):
                     f"the FAISS index names entry {most}, it holds {len(self)}: it is "
                     "damaged, or its ids are not the entries' numbers: build it anew"
                 )
-        return torch.from_numpy(similarity_QK), torch.from_numpy(ids_QK)
+        return similarity_QK, ids_QK
 
     @cached_property
     def _refined(self) -> Any | None:
@@ -304,12 +304,6 @@ class FaissIndex(SearchIndex):
             on_host = load_faiss().index_gpu_to_cpu(self.index)
             self._host = FaissIndex(on_host, self.metric, keys=self.keys)
         return self._host
-
-
-@functools.lru_cache
-def _visiting(lists: int) -> Any:
-    """FAISS's settings of a search in so many lists, which take a while to be made."""
-    return load_faiss().SearchParametersIVF(nprobe=lists)
 
 
 def _nearest_first(similarity_QK: Tensor) -> Tensor:

@@ -117,10 +117,10 @@ class HybridMemory(KNNMemory):
         """
         if self._before_QM is None:
             return None
-        if len(self._before_QM) != len(ids_QK):
-            raise KNNLMError(f"{len(ids_QK)} queries, but {len(self._before_QM)} places in a text")
+        self._check_places(len(ids_QK))
         if len(ids_QK) == 1 and ids_QK.device.type == "cpu":
-            return self._matches_of_one(ids_QK[0].numpy(), self._before_QM[0].cpu().numpy())
+            before_M = self._before_QM[0].cpu().numpy()
+            return torch.from_numpy(self._matches_of_one(ids_QK[0].numpy(), before_M))[None]
         ids_n = ids_QK.to("cpu").reshape(-1)
         alike_QK = (ids_n >= 0).view(ids_QK.shape)
         ids_n = ids_n.clamp(min=0)
@@ -135,14 +135,18 @@ class HybridMemory(KNNMemory):
             count_QK += alike_QK
         return count_QK.to(ids_QK.device)
 
-    def _matches_of_one(self, ids_K: Any, before_M: Any) -> Tensor:
+    def _check_places(self, queries: int) -> None:
+        places = 0 if self._before_QM is None else len(self._before_QM)
+        if places != queries:
+            raise KNNLMError(f"{queries} queries, but {places} places in a text")
+
+    def _matches_of_one(self, ids_K: Any, before_M: Any) -> Any:
         """`matches` of one query: all places at a time, by numpy, whose operations are quicker."""
         back_M = np.arange(1, len(before_M) + 1)
         earlier_KM = np.maximum(ids_K[:, None] - back_M, 0)
         alike_KM = self.store.values.numpy().take(earlier_KM) == before_M
         alike_KM &= np.where(ids_K < 0, 0, self._room.numpy().take(ids_K))[:, None] >= back_M
-        count_1K = np.logical_and.accumulate(alike_KM, axis=1).sum(axis=1, dtype=np.uint8)[None]
-        return torch.from_numpy(count_1K)
+        return np.logical_and.accumulate(alike_KM, axis=1).sum(axis=1, dtype=np.uint8)
 
     def scored(self, near: Neighbors) -> Tensor:
         """s + t·γ·m, of which the softmax is taken."""
@@ -150,6 +154,14 @@ class HybridMemory(KNNMemory):
         if matches_QK is None:
             return near.similarity
         return near.similarity + matches_QK * (self.temperature * self.match_weight)
+
+    def _scored_one(self, similarity_K: Any, ids_K: Any) -> Any:
+        if self._before_QM is None or not self.match_weight:
+            return similarity_K
+        self._check_places(1)
+        matches_K = self._matches_of_one(ids_K, self._before_QM[0].cpu().numpy())
+        bonus = np.float32(self.temperature * self.match_weight)
+        return similarity_K + matches_K.astype(np.float32) * bonus
 
     def _options(self) -> dict[str, Any]:
         own = {"match_length": self.match_length, "match_weight": self.match_weight}

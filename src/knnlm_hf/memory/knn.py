@@ -23,7 +23,7 @@ from knnlm_hf.index import (
     rescore,
     wrap_index,
 )
-from knnlm_hf.interpolation import default_temperature
+from knnlm_hf.interpolation import Few, default_temperature, few_of, knn_log_probs
 from knnlm_hf.memory.kinds import register
 from knnlm_hf.memory.knn_files import KNNFiles
 from knnlm_hf.memory.neighbours import NeighbourMemory
@@ -174,6 +174,27 @@ class KNNMemory(KNNFiles, NeighbourMemory):
             return super()._near(hidden)
         return self._found(hidden.reshape(-1, hidden.shape[-1]), self.k, ordered=False)
 
+    def said_of_one(self, hidden: Tensor) -> Few | Tensor:
+        """As of any memory; in arrays from end to end where the index finds them so."""
+        found = None
+        is_own = type(self).__module__.startswith(f"{__package__}.")  # no ways of somebody's
+        if is_own and self._found_later is None and not self.rescore and not self.store.removed:
+            found = self.index.search_one(hidden.reshape(1, -1), self.k)
+        if found is None:
+            return super().said_of_one(hidden)
+        similarity_K, ids_K = found
+        score_K, tokens_K = self._scored_one(similarity_K, ids_K), self._values(ids_K)
+        few = few_of(score_K, tokens_K, self.temperature, self.vocab_size)
+        if few is not None:
+            return few
+        found_1K = torch.from_numpy(score_K)[None], torch.from_numpy(tokens_K)[None]
+        log_probs_1V = knn_log_probs(*found_1K, self.temperature, self.vocab_size)
+        return log_probs_1V.view(*hidden.shape[:-1], self.vocab_size)
+
+    def _scored_one(self, similarity_K: Any, ids_K: Any) -> Any:
+        """`scored` of one query, in arrays."""
+        return similarity_K
+
     def _found(
         self, queries: Tensor, k: int, exclude: Tensor | None = None, ordered: bool = True
     ) -> Neighbors:
@@ -284,11 +305,7 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         """The values of the entries `ids_QK`; −1 for a missing hit, never the last entry's."""
         on_host_QK = ids_QK.to("cpu")
         if len(on_host_QK) == 1:  # where numpy's operations are the quicker ones
-            ids_1K = on_host_QK.numpy()
-            tokens_1K = self.store.values.numpy().take(ids_1K).astype(np.int64)
-            if ids_1K.size and ids_1K.min() < 0:
-                tokens_1K[ids_1K < 0] = -1
-            return torch.from_numpy(tokens_1K).to(ids_QK.device)
+            return torch.from_numpy(self._values(on_host_QK.numpy())).to(ids_QK.device)
         has_missing = on_host_QK.numel() > 0 and int(on_host_QK.min()) < 0
         known_QK = on_host_QK.clamp(min=0) if has_missing else on_host_QK
         tokens_n = self.store.values.index_select(0, known_QK.reshape(-1)).long()
@@ -296,6 +313,13 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         if has_missing:
             tokens_QK.masked_fill_(on_host_QK < 0, -1)
         return tokens_QK.to(ids_QK.device)
+
+    def _values(self, ids: Any) -> Any:
+        """`_tokens` of an array of ids."""
+        tokens = self.store.values.numpy().take(ids).astype(np.int64)
+        if ids.size and ids.min() < 0:
+            tokens[ids < 0] = -1
+        return tokens
 
     def _temperature_from_data(self) -> float:
         info = self.index.info
