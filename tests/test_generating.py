@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from knnlm_hf.index import faiss as faiss_index
 from knnlm_hf.index.exact import ExactIndex
-from knnlm_hf.memory import CacheMemory, KNNMemory
-from knnlm_hf.modeling import KNNLMForCausalLM
+from knnlm_hf.memory import CacheMemory, HybridMemory, KNNMemory
+from knnlm_hf.modeling import KNNLMForCausalLM, ahead
 from knnlm_hf.modeling.generating import only_tokens
 
 IDS = torch.tensor([[3, 9, 27, 17, 51]])
@@ -110,6 +111,32 @@ def test_other_memories(knn: Any) -> None:
     own = memory_of(base, "llama", "att")
     assert modes(KNNLMForCausalLM(base, own)) == {False}  # of an unknown class
     assert modes(KNNLMForCausalLM(base, [head_of(base), own], [0.2, 0.2])) == {False}
+
+
+@pytest.mark.parametrize("kind", ["exact", "IVF2,SQ8", "IVF2,SQ8,Refine(keys)", "hybrid", "cache"])
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_memories_that_search(
+    kind: str, is_ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether in this thread or, beside the model, in another, which is in no such mode."""
+    monkeypatch.setattr(ahead, "usual_is_slow", lambda: is_ahead)
+    monkeypatch.setattr(faiss_index, "has_torchs_threads", lambda: True)
+    model = tiny("llama")
+    store = random(tmp_path / "store", dim=32)
+    if kind.startswith("IVF"):
+        store.build_index(kind, progress=False)
+    if kind == "cache":
+        memory: Any = CacheMemory.of(model)
+    elif kind == "hybrid":
+        memory = HybridMemory(store, k=8, temperature=5.0)
+    else:
+        memory = KNNMemory(store, k=8, temperature=5.0, index=kind)
+    knn = KNNLMForCausalLM(model, memory, 0.6, allow_mismatch=True)
+    assert modes(knn) == {True}
+    plain = knn.generate(IDS, **SETTINGS, return_dict_in_generate=True).sequences
+    assert torch.equal(knn.generate(IDS, **SETTINGS), plain)
+    assert not torch.equal(model.generate(IDS, **SETTINGS), plain)
+    assert not marked()
 
 
 def test_indexes(tmp_path: Path) -> None:
