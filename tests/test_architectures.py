@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pytest
 import reference
 import torch
 from architectures import ARCHITECTURES, D, V, tiny
+from marked import nothing_stays_marked
 from tiny_memory import head_of, memory_of
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -273,10 +273,8 @@ def test_nothing_of_inference_mode_is_left(case: Case) -> None:
         "use_cache": case.model_type not in WRONG_CACHE,
     }
     assert only_tokens(knn, settings)
-    tokens = knn.generate(case.input_ids, **settings)
-    gc.collect()
-    found = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.is_inference()]
-    assert not found
+    with nothing_stays_marked():
+        tokens = knn.generate(case.input_ids, **settings)
     plain = knn.generate(case.input_ids, **settings, return_dict_in_generate=True)
     assert torch.equal(tokens, plain.sequences)
     knn(tokens, labels=tokens, use_cache=False).loss.backward()

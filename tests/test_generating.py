@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import V, tiny
+from marked import nothing_stays_marked
 from stores import random
 from tiny_memory import head_of, memory_of
 from torch import Tensor, nn
@@ -59,12 +59,6 @@ def made(model_type: str = "llama", **settings: Any) -> Any:
 @pytest.fixture
 def knn() -> Any:
     return made()
-
-
-def marked() -> list[Tensor]:
-    """Every tensor there is that was made in inference mode."""
-    gc.collect()
-    return [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.is_inference()]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -132,11 +126,11 @@ def test_memories_that_search(
     else:
         memory = KNNMemory(store, k=8, temperature=5.0, index=kind)
     knn = KNNLMForCausalLM(model, memory, 0.6, allow_mismatch=True)
-    assert modes(knn) == {True}
     plain = knn.generate(IDS, **SETTINGS, return_dict_in_generate=True).sequences
-    assert torch.equal(knn.generate(IDS, **SETTINGS), plain)
+    with nothing_stays_marked():
+        assert modes(knn) == {True}
+        assert torch.equal(knn.generate(IDS, **SETTINGS), plain)
     assert not torch.equal(model.generate(IDS, **SETTINGS), plain)
-    assert not marked()
 
 
 def test_indexes(tmp_path: Path) -> None:
@@ -179,11 +173,11 @@ def test_what_outlives_the_call_is_not_made_in_inference_mode(
 ) -> None:
     given = arguments(knn)
     assert not only_tokens(knn, {"inputs": IDS, **SETTINGS, **given})
-    if "assistant_model" in given:  # which streams nothing
-        knn.generate(IDS, **SETTINGS, **given)
-    else:
-        assert modes(knn, **given) == {False}
-    assert not marked()
+    with nothing_stays_marked():
+        if "assistant_model" in given:  # which streams nothing
+            knn.generate(IDS, **SETTINGS, **given)
+        else:
+            assert modes(knn, **given) == {False}
 
 
 def test_a_cache_of_the_users_can_be_trained_on(knn: Any) -> None:
@@ -297,8 +291,8 @@ def test_what_a_model_keeps_can_be_trained_with(model_type: str) -> None:
     """Rotary frequencies and tables of positions that grow with the text are kept in the model."""
     knn = made(model_type, **LONGER[model_type])
     before = knn.generate(IDS, **SETTINGS)
-    knn.generate(IDS, **SETTINGS | {"max_new_tokens": 24, "min_new_tokens": 24})
-    assert not marked()
+    with nothing_stays_marked():
+        knn.generate(IDS, **SETTINGS | {"max_new_tokens": 24, "min_new_tokens": 24})
     knn(before, labels=before).loss.backward()
     assert torch.equal(knn.generate(IDS, **SETTINGS), before)
 
