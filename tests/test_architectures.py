@@ -22,7 +22,7 @@ from knnlm_hf.errors import CaptureError
 from knnlm_hf.forwards import can_share
 from knnlm_hf.memory import CacheMemory, product
 from knnlm_hf.modeling import KNNLMForCausalLM, output_layer
-from knnlm_hf.modeling.generating import only_tokens
+from knnlm_hf.modeling.generating import _only_tokens
 from knnlm_hf.parallel import two_at_a_time
 
 LMBDA = 0.6
@@ -272,7 +272,7 @@ def test_nothing_of_inference_mode_is_left(case: Case) -> None:
         "do_sample": False,
         "use_cache": case.model_type not in WRONG_CACHE,
     }
-    assert only_tokens(knn, settings)
+    assert _only_tokens(knn, settings)
     with nothing_stays_marked():
         tokens = knn.generate(case.input_ids, **settings)
     plain = knn.generate(case.input_ids, **settings, return_dict_in_generate=True)

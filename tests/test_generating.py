@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from architectures import V, tiny
 from marked import nothing_stays_marked
 from stores import random
 from tiny_memory import head_of, memory_of
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, TextStreamer
+from torch.utils._device import DeviceContext
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    TextStreamer,
+)
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from knnlm_hf import Datastore
+from knnlm_hf.capture import capturing
 from knnlm_hf.index import faiss as faiss_index
 from knnlm_hf.index.exact import ExactIndex
 from knnlm_hf.memory import CacheMemory, HybridMemory, KNNMemory
 from knnlm_hf.modeling import KNNLMForCausalLM, ahead
-from knnlm_hf.modeling.generating import only_tokens
+from knnlm_hf.modeling.generating import _only_tokens
 
 IDS = torch.tensor([[3, 9, 27, 17, 51]])
 SETTINGS: dict[str, Any] = {
@@ -32,23 +50,41 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-class Watch(BaseStreamer):
-    """What mode each token came in."""
+def modes(knn: Any, **arguments: Any) -> set[bool]:
+    """In which of the two modes its steps are."""
+    seen, step = set(), GenerationMixin._update_model_kwargs_for_generation
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.add(torch.is_inference_mode_enabled())
+        return step(*args, **kwargs)
+
+    with patch.object(GenerationMixin, step.__name__, watched):
+        knn.generate(IDS, **SETTINGS, **arguments)
+    return seen
+
+
+class Decoder:
+    """As much of a tokenizer as streaming takes."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return " ".join(map(str, list(ids))) + "\n"
+
+
+class Keeper(BaseStreamer, StoppingCriteria):
+    """Somebody's own, who keeps what comes by."""
 
     def __init__(self) -> None:
-        self.modes: set[bool] = set()
+        self.kept: list[Tensor] = []
 
     def put(self, value: Tensor) -> None:
-        self.modes.add(torch.is_inference_mode_enabled())
+        self.kept.append(value)
 
     def end(self) -> None:
         pass
 
-
-def modes(knn: Any, **arguments: Any) -> set[bool]:
-    watch = Watch()
-    knn.generate(IDS, streamer=watch, **SETTINGS, **arguments)
-    return watch.modes
+    def __call__(self, ids: Tensor, scores: Tensor, **_: Any) -> Any:
+        self.kept.append(ids)
+        return torch.zeros(len(ids), dtype=torch.bool)
 
 
 def made(model_type: str = "llama", **settings: Any) -> Any:
@@ -91,11 +127,12 @@ def test_tokens_can_be_trained_on(knn: Any) -> None:
         {"stopping_criteria": [], "past_key_values": None, "tokenizer": object()},
         {"use_cache": False, "repetition_penalty": 1.2},
         {"prompt_lookup_num_tokens": 2},
+        {"streamer": TextStreamer(Decoder()), "stopping_criteria": [MaxLengthCriteria(90)]},
     ],
-    ids=["none", "config", "empty", "no cache", "prompt lookup"],
+    ids=["none", "config", "empty", "no cache", "prompt lookup", "visitors"],
 )
 def test_everyday_calls_are_in_inference_mode(knn: Any, arguments: dict[str, Any]) -> None:
-    assert only_tokens(knn, {"inputs": IDS, **SETTINGS, **arguments})
+    assert modes(knn, **arguments) == {True}
 
 
 def test_other_memories(knn: Any) -> None:
@@ -119,6 +156,7 @@ def test_memories_that_search(
     store = random(tmp_path / "store", dim=32)
     if kind.startswith("IVF"):
         store.build_index(kind, progress=False)
+    store = Datastore.open(store.path)
     if kind == "cache":
         memory: Any = CacheMemory.of(model)
     elif kind == "hybrid":
@@ -126,10 +164,10 @@ def test_memories_that_search(
     else:
         memory = KNNMemory(store, k=8, temperature=5.0, index=kind)
     knn = KNNLMForCausalLM(model, memory, 0.6, allow_mismatch=True)
-    plain = knn.generate(IDS, **SETTINGS, return_dict_in_generate=True).sequences
-    with nothing_stays_marked():
+    with nothing_stays_marked():  # nor what is made when it is first needed
         assert modes(knn) == {True}
-        assert torch.equal(knn.generate(IDS, **SETTINGS), plain)
+    plain = knn.generate(IDS, **SETTINGS, return_dict_in_generate=True).sequences
+    assert torch.equal(knn.generate(IDS, **SETTINGS), plain)
     assert not torch.equal(model.generate(IDS, **SETTINGS), plain)
 
 
@@ -148,8 +186,13 @@ def test_other_forwards() -> None:
     class Mine(KNNLMForCausalLM):
         """Somebody's own."""
 
+    class Other(KNNLMForCausalLM):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            return "before", super().generate(*args, **kwargs)
+
     model = tiny("llama")
     assert modes(Mine(model, head_of(model))) == {False}
+    assert Other(model, head_of(model)).generate(IDS, **SETTINGS)[0] == "before"
     forward = model.forward
     model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     assert modes(KNNLMForCausalLM(model, head_of(model))) == {False}
@@ -165,19 +208,52 @@ def test_other_forwards() -> None:
         lambda knn: {"logits_processor": LogitsProcessorList([lambda ids, scores: scores])},
         lambda knn: {"prefix_allowed_tokens_fn": lambda row, ids: [1, 2, 3]},
         lambda knn: {"assistant_model": tiny("llama", seed=1)},
+        lambda knn: {"streamer": Keeper()},
+        lambda knn: {"stopping_criteria": [MaxLengthCriteria(90), Keeper()]},
     ],
-    ids=["dict", "dict by config", "static", "cache", "processor", "prefix", "assistant"],
+    ids=[
+        "dict",
+        "dict by config",
+        "static",
+        "cache",
+        "processor",
+        "prefix",
+        "assistant",
+        "streamer",
+        "criterion",
+    ],
 )
 def test_what_outlives_the_call_is_not_made_in_inference_mode(
     knn: Any, arguments: Callable[[Any], dict[str, Any]]
 ) -> None:
-    given = arguments(knn)
-    assert not only_tokens(knn, {"inputs": IDS, **SETTINGS, **given})
     with nothing_stays_marked():
-        if "assistant_model" in given:  # which streams nothing
-            knn.generate(IDS, **SETTINGS, **given)
-        else:
-            assert modes(knn, **given) == {False}
+        assert modes(knn, **arguments(knn)) == {False}
+
+
+def test_weights_that_are_nowhere() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny("llama").config).eval()
+        knn = KNNLMForCausalLM(model, head_of(tiny("llama")), allow_mismatch=True)
+    assert not _only_tokens(knn, SETTINGS)
+
+
+def test_stop_strings(knn: Any) -> None:
+    """transformers keeps a tensor of them, for good."""
+    assert _only_tokens(knn, SETTINGS)
+    assert not _only_tokens(knn, SETTINGS | {"stop_strings": ["the"], "tokenizer": object()})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"return_dict_in_generate": True}, {"cache_implementation": "static"}], ids=str
+)
+def test_settings_of_the_model_hold_where_a_config_has_none(
+    knn: Any, setting: dict[str, Any]
+) -> None:
+    config = GenerationConfig(max_new_tokens=4, pad_token_id=0)
+    assert modes(knn, generation_config=config) == {True}
+    knn.generation_config.update(**setting)
+    assert modes(knn, generation_config=config) == {False}
+    knn.generate(IDS, generation_config=config)
 
 
 def test_a_cache_of_the_users_can_be_trained_on(knn: Any) -> None:
@@ -218,6 +294,29 @@ def _hooked_head(knn: Any) -> None:
     knn.memory.register_forward_pre_hook(lambda *_: None)
 
 
+def _attention(knn: Any) -> None:
+    AttentionInterface.register(
+        "mine", lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs)
+    )
+    knn.set_attn_implementation("mine")
+
+
+def _other_method(knn: Any) -> None:
+    prepare = knn.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def mine(*args: Any, **kwargs: Any) -> Any:
+        return prepare(*args, **kwargs)
+
+    knn.prepare_inputs_for_generation = mine
+
+
+def _other_function(knn: Any) -> None:
+    del knn.model.layers[0].mlp.act_fn
+    mine = torch.compiler.disable(lambda x: torch.nn.functional.silu(x))  # wrapped by torch's
+    knn.model.layers[0].mlp.act_fn = mine
+
+
 def _compiled_layer(knn: Any) -> None:
     knn.model.layers[0]._compiled_call_impl = knn.model.layers[0]._call_impl
 
@@ -225,7 +324,8 @@ def _compiled_layer(knn: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        _hooked, _patched, _other_module, _other_weight, _hooked_head, _compiled_layer,
+        _hooked, _patched, _other_module, _other_weight, _hooked_head, _compiled_layer, _attention,
+        _other_method, _other_function,
         lambda knn: knn.train(),
     ],
 )  # fmt: skip
@@ -249,21 +349,66 @@ def test_surroundings(knn: Any) -> None:
     everywhere.remove()
     with knn.disable_retrieval():
         assert modes(knn) == {False}
+    with capturing(knn.capture_point) as heard:
+        assert modes(knn) == {False}
+    assert heard.raw is not None
+    assert not heard.raw.is_inference()
+    with DeviceContext("cpu"):  # sees every call
+        assert modes(knn) == {False}
+    for cls in (LlamaForCausalLM, type(knn.model.layers[0].mlp)):
+        forward = cls.forward
+
+        @functools.wraps(forward)
+        def mine(*args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        with patch.object(cls, "forward", mine):
+            assert modes(knn) == {False}
+    knn(IDS, output_hidden_states=True)  # leaves hooks that sleep
     assert modes(knn) == {True}
     remote = type("Remote", (type(knn.unwrap()),), {"__module__": "transformers_modules.me.model"})
     model = remote(copy.deepcopy(knn.config)).eval()
     assert modes(KNNLMForCausalLM(model, knn.memory)) == {False}
 
 
-def test_positional_settings_and_streams(knn: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    class Decoder:
-        def decode(self, ids: Any, **_: Any) -> str:
-            return " ".join(map(str, list(ids))) + "\n"
+def test_a_generate_of_the_models_own() -> None:
+    """It is given what was given, and shows what it takes."""
 
+    class Own(LlamaForCausalLM):
+        def generate(self, prompt: Any = None, **options: Any) -> Any:
+            """Own."""
+            return super().generate(prompt, **options)
+
+    base = tiny("llama")
+    model = Own(base.config).eval()
+    model.load_state_dict(base.state_dict())
+    knn = KNNLMForCausalLM(model, head_of(model), 0.6)
+    tokens = KNNLMForCausalLM(base, head_of(base), 0.6).generate(IDS, **SETTINGS)
+    assert torch.equal(knn.generate(IDS, **SETTINGS), tokens)
+    assert torch.equal(knn.generate(prompt=IDS, **SETTINGS), tokens)
+    assert inspect.signature(knn.generate) == inspect.signature(model.generate)
+    assert knn.generate.__doc__ == "Own."
+
+
+def test_offloaded_weights(knn: Any) -> None:
+    """Their device is `meta` while they are away."""
+    expected = knn.generate(IDS, **SETTINGS)
+    model = cpu_offload(knn.unwrap(), execution_device=torch.device("cpu"))
+    offloaded = KNNLMForCausalLM(model, knn.memory, 0.6, allow_mismatch=True)
+    assert modes(offloaded) == {False}
+    assert torch.equal(offloaded.generate(IDS, **SETTINGS), expected)
+
+
+def test_positional_settings_and_streams(knn: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config = GenerationConfig(max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
     tokens = knn.generate(IDS, config)
     assert torch.equal(tokens, knn.generate(inputs=IDS, generation_config=config))
     assert torch.equal(tokens, knn.generate(input_ids=IDS, generation_config=config))
+    config.return_dict_in_generate = True
+    made = knn.generate(IDS, config)
+    assert torch.equal(tokens, made.sequences)
+    assert not made.sequences.is_inference()
+    config.return_dict_in_generate = False
     knn.generate(IDS, generation_config=config, streamer=TextStreamer(Decoder()))
     assert str(int(tokens[0, -1])) in capsys.readouterr().out
 
@@ -300,19 +445,17 @@ def test_what_a_model_keeps_can_be_trained_with(model_type: str) -> None:
 def test_nothing_is_left_when_it_fails() -> None:
     knn = made("llama", **LONGER["llama"])
 
-    class Stop(BaseStreamer):
+    class Stop(Decoder):
         tokens = 0
 
-        def put(self, value: Tensor) -> None:
-            self.tokens += value.numel()
-            if self.tokens > 25:
+        def decode(self, ids: Any, **options: Any) -> str:
+            self.tokens += 1
+            if self.tokens > 20:
                 raise KeyboardInterrupt
-
-        def end(self) -> None:
-            pass
+            return super().decode(ids, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        knn.generate(IDS, **SETTINGS | {"max_new_tokens": 40}, streamer=Stop())
+        knn.generate(IDS, **SETTINGS | {"max_new_tokens": 40}, streamer=TextStreamer(Stop()))
     assert not torch.is_inference_mode_enabled()
     assert not any(t.is_inference() for m in knn.modules() for t in m.buffers())
     knn(IDS, labels=IDS).loss.backward()

@@ -137,9 +137,18 @@ class _Hook:
             self.hear((*args, *kwargs.values()) if self.side == "input" else output)
 
 
-def is_own_hook(hook: Any) -> bool:
-    """Whether a hook found on a module is one of these, which sleep and keep nothing."""
-    return isinstance(hook, _Hook)
+def keeps_nothing(hook: Any) -> bool:
+    """Whether a hook found on a module is one of these, or transformers' own.
+
+    Those for `output_hidden_states` and the like keep nothing in the model either.
+    """
+    is_transformers = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return isinstance(hook, _Hook) or is_transformers
+
+
+def is_listening() -> bool:
+    """Whether a `capturing` block is open in this thread or context."""
+    return bool(_active.get())
 
 
 def _first_tensor(values: Any, point: CapturePoint) -> Tensor:
@@ -331,20 +340,12 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def has_other_hooks(model: nn.Module) -> bool:
-    """Whether somebody else too has hooks in `model`, or accelerate moves its weights.
-
-    transformers' own for `output_hidden_states`, which keep nothing in the model, do not count.
-    """
+    """Whether somebody else too has hooks in `model`, or accelerate moves its weights."""
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        others = (hook for hook in hooks if not isinstance(hook, _Hook))
-        if hasattr(module, "_hf_hook") or not all(map(_is_transformers, others)):
+        if hasattr(module, "_hf_hook") or not all(map(keeps_nothing, hooks)):
             return True
     return False
-
-
-def _is_transformers(hook: Any) -> bool:
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 @torch.no_grad()

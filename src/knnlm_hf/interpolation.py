@@ -24,7 +24,7 @@ from torch.nn.functional import log_softmax
 from knnlm_hf.types import check_temperature
 
 _INF = math.inf
-_SMALL = 1 << 17
+_SMALL = 1 << 17  # numbers that one core adds sooner than others are woken
 _LEAST_SCORE = -680.0  # its exp, even a millionth of it, has all of float64's digits
 
 
@@ -215,7 +215,11 @@ def mix(
 
 
 def _plus(logs: Tensor, share: float | Tensor) -> Tensor:
-    """Their sum. In a step of generation, where each operation runs once, numpy's begins sooner."""
+    """Their sum.
+
+    In a step of generation, which is where a small tensor is made in inference mode, each operation
+    runs once, and numpy's are the quicker ones to begin.
+    """
     is_step = logs.is_inference() and logs.device.type == "cpu" and logs.numel() <= _SMALL
     if is_step and isinstance(share, float) and type(logs) is Tensor:
         return torch.from_numpy(logs.numpy() + np.float32(share))

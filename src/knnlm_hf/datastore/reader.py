@@ -145,6 +145,7 @@ class DatastoreReader:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @cached_property
+    @torch.inference_mode(mode=False)  # else, first asked for in that mode, it would be marked
     def values(self) -> Tensor:
         """(N,) int32, the token of each entry; mapped from the disk where there is one shard."""
         parts = [shard.values for shard in self._shards]
@@ -154,6 +155,7 @@ class DatastoreReader:
         return torch.from_numpy(np.concatenate([part.numpy() for part in parts]))
 
     @cached_property
+    @torch.inference_mode(mode=False)
     def document_starts(self) -> Tensor:
         """(documents,) int64, the first entry of each; for one without entries, the next there."""
         starts = np.concatenate([shard.document_starts for shard in self._shards])

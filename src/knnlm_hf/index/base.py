@@ -146,6 +146,10 @@ class SearchIndex(ABC):
     def search_one(self, query_1D: Tensor, k: int) -> tuple[Any, Any] | None:
         """`search` for one query in a step of generation, among all entries and in any order.
 
+        Args:
+            query_1D: (1, D), without gradients.
+            k: at least 1, which is not checked again.
+
         Returns:
             similarity and ids as (K,) arrays; None of a kind that has no shorter way for one.
         """

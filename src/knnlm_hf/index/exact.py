@@ -108,6 +108,7 @@ class ExactIndex(SearchIndex):
                 ids_QK[part] = merged_ids_QM.gather(1, where_QK)
         return ids_QK
 
+    @torch.inference_mode(mode=False)  # it is kept
     def _centre(self) -> Tensor:
         """Mean of a sample of keys, (D,), on a grid so coarse that small integers stay exact."""
         if self._centre_D is None:

@@ -31,7 +31,7 @@ class OneQuery:
     def __init__(self, moves: Sequence[Any], ivf: Any, k: int, shares: int, lists: int) -> None:
         faiss = load_faiss()
         self.size = k, shares, lists
-        self._ivf, self._quantizer = ivf, ivf.quantizer
+        self._ivf = ivf
         self._is_l2 = ivf.metric_type == faiss.METRIC_L2
         self._settings = faiss.SearchParametersIVF(nprobe=lists // shares)
         self._set_threads: Callable[[int], None] = faiss.omp_set_num_threads
@@ -39,7 +39,7 @@ class OneQuery:
         moved_D = self._queries_SD[0]
         self._query_D = np.empty(moves[0].d_in, dtype=np.float32) if moves else moved_D
         made = [np.empty(move.d_out, dtype=np.float32) for move in moves[:-1]]
-        self._steps = [self._query_D, *made, moved_D] if moves else [moved_D]
+        self._steps = [self._query_D, *made, moved_D] if moves else [moved_D]  # pointers need them
         self._moves = [
             (move.apply_noalloc, faiss.swig_ptr(before_D), faiss.swig_ptr(after_D))
             for move, before_D, after_D in zip(moves, self._steps, self._steps[1:], strict=False)
@@ -64,7 +64,7 @@ class OneQuery:
         self._query_D[:] = query_D
         for apply, before, after in self._moves:
             apply(1, before, after)
-        self._quantizer.search_c(1, queries, lists, centre_distance, visited)
+        self._ivf.quantizer.search_c(1, queries, lists, centre_distance, visited)
         self._queries_SD[1:] = self._queries_SD[0]
         self._set_threads(shares)
         self._ivf.search_preassigned_c(

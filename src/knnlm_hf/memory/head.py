@@ -290,7 +290,7 @@ class Head(HeadFiles, nn.Module):
 
     def _any_tensor(self) -> Tensor:
         """A parameter, or a floating-point buffer."""
-        own = chain(self._parameters.values(), self._buffers.values())  # first: soon found
+        own = self._parameters.values()  # once more, for these are soon found
         tensors = chain(own, self.parameters(), self.buffers())
         return next(t for t in tensors if t is not None and t.is_floating_point())
 

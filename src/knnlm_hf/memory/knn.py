@@ -176,10 +176,12 @@ class KNNMemory(KNNFiles, NeighbourMemory):
 
     def said_of_one(self, hidden: Tensor) -> Few | Tensor:
         """As of any memory; in arrays from end to end where the index finds them so."""
-        found = None
+        found, queries = None, hidden.detach().reshape(-1, hidden.shape[-1])
+        self._check_queries(queries)
         is_own = type(self).__module__.startswith(f"{__package__}.")  # no ways of somebody's
-        if is_own and self._found_later is None and not self.rescore and not self.store.removed:
-            found = self.index.search_one(hidden.reshape(1, -1), self.k)
+        is_usual = is_own and isinstance(self.index, SearchIndex) and len(queries) == 1
+        if is_usual and not (self._found_later or self.rescore or self.store.removed):
+            found = self.index.search_one(queries, self.k)
         if found is None:
             return super().said_of_one(hidden)
         similarity_K, ids_K = found

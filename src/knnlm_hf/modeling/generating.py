@@ -4,25 +4,26 @@ transformers generates under `torch.no_grad`, where each operation still passes 
 and makes a tensor that could be trained on. Under `torch.inference_mode` it does neither, by which
 a step for one token on the CPU, some hundred small operations, is a twentieth shorter. But its
 tensors are marked for good: nothing can be trained on them, and elsewhere they cannot be changed in
-place. So the mode is entered only where tokens are all that comes out, and where no code runs but
-that of torch, transformers and this package. What a module keeps of the call (some have rotary
-frequencies anew for a longer text) loses the mark afterwards.
+place. So the mode is entered only where tokens are all that comes out, and where all code that runs
+is known: that of torch, transformers and this package. What a module keeps of the call (some have
+rotary frequencies anew for a longer text) loses the mark afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers import GenerationConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from knnlm_hf.capture import is_own_hook
+from knnlm_hf.capture import is_listening, keeps_nothing
 from knnlm_hf.modeling.heads import heads
-from knnlm_hf.modeling.subclass import mixin_of
 
 _ARGUMENTS = {
     "inputs",
@@ -34,35 +35,111 @@ _ARGUMENTS = {
     "tokenizer",
 } | vars(GenerationConfig()).keys()  # type: ignore[no-untyped-call]
 """Of generate(); none is filled by it, as a KV cache is, and none has a use for gradients."""
-_OUTLIVES = ("return_dict_in_generate", "cache_implementation")
+_OUTLIVES = ("return_dict_in_generate", "cache_implementation", "stop_strings")
 """Settings by which more than the tokens outlives the call."""
-_KNOWN_CODE = (
+_KNOWN_MODULES = (
     "torch.nn.modules.",
     "transformers.models.",
     "transformers.activations",
     "transformers.pytorch_utils",
     "knnlm_hf.",
 )
+_KNOWN_CODE = ("torch.", "transformers.", "knnlm_hf.")
 
 
-def only_tokens(knn: Any, arguments: dict[str, Any]) -> bool:
+def generated(
+    knn: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What `inner`, the model's own generate, returns; in inference mode where it can be.
+
+    Not where arguments are given by their place, but for the first: it would have to be known what
+    they are.
+    """
+    named = dict(zip(("inputs",), args, strict=False)) | kwargs
+    if len(args) > 1 or not _only_tokens(knn, named):
+        return inner(*args, **kwargs)
+    with _inferring(knn):
+        tokens = inner(*args, **kwargs)
+    return tokens.clone() if isinstance(tokens, Tensor) else tokens
+
+
+def _only_tokens(knn: Any, arguments: dict[str, Any]) -> bool:
     """Whether nothing but tokens will come out of `knn.generate(**arguments)`, by known code."""
     given = {name: value for name, value in arguments.items() if value is not None}
-    config = given.get("generation_config", knn.generation_config)
+    visitors = [*given.get("stopping_criteria", ()), given.get("streamer")]
     return (
-        given.keys() <= _ARGUMENTS
-        and not any(given.get(name, getattr(config, name, None)) for name in _OUTLIVES)
-        and not knn.training
-        and not torch.is_autocast_enabled(knn.device.type)  # it keeps the weights that it casts
-        and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+        knn.retrieves
         and knn._own.own_forward is None
-        and all(cls.__module__.startswith("knnlm_hf.") for cls in _classes(knn))
-        and all(map(_is_known, _modules(knn)))
+        and not knn.training
+        and given.keys() <= _ARGUMENTS
+        and not any(_setting(knn, given, name) for name in _OUTLIVES)
+        and all(_is_known(type(one)) for one in visitors if one is not None)
+        and all(map(_is_known, _replaceable(knn)))
+        and all(map(_is_plain, _modules(knn)))
+        and _nothing_around(knn.device.type)
     )
 
 
+def _setting(knn: Any, given: dict[str, Any], name: str) -> Any:
+    """As transformers has it: of the call, of its config, else of the model's."""
+    if name in given:
+        return given[name]
+    found = getattr(given.get("generation_config"), name, None)
+    return getattr(knn.generation_config, name, None) if found is None else found
+
+
+def _replaceable(knn: Any) -> Iterator[Any]:
+    """The code in place of which a user may have put their own."""
+    yield from (type(knn)._knnlm_mixin, type(knn)._knnlm_base.forward)
+    yield from {type(module).forward for module in _modules(knn)}
+    for memory in knn.memories:
+        index = getattr(memory, "index", None)
+        keys = getattr(index, "keys", None)
+        yield from (type(part) for part in (memory, index, keys) if part is not None)
+
+
+def _is_known(code: Any) -> bool:
+    """Whether a class, or a function and all that it wraps, is torch's, transformers' or ours."""
+    while code is not None:
+        code = getattr(code, "__func__", code)
+        # subtle: functools.wraps gives a function the module of another, but not its globals.
+        home = getattr(code, "__globals__", {"__name__": getattr(code, "__module__", "")})
+        if not str(home["__name__"]).startswith(_KNOWN_CODE):
+            return False
+        code = getattr(code, "__wrapped__", None)
+    return True
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether its class, what it was given besides and what is called with it are known.
+
+    And its weights plain ones.
+    """
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    own = module.__dict__
+    config = own.get("config")
+    attention = ALL_ATTENTION_FUNCTIONS.get(getattr(config, "_attn_implementation", None))
+    functions = [f for f in own.values() if type(f) in (FunctionType, MethodType)]
+    return (
+        type(module).__module__.startswith(_KNOWN_MODULES)
+        and "forward" not in own
+        and module._compiled_call_impl is None
+        and all(map(_is_known, functions))
+        and (attention is None or _is_known(attention))
+        and all(map(keeps_nothing, hooks))
+        and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
+    )
+
+
+def _nothing_around(device: str) -> bool:
+    """Whether nothing looks on from outside, and autocast keeps no weights that it casts."""
+    modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
+    watched = modes or _has_any_global_hook() or is_listening()  # type: ignore[no-untyped-call]
+    return not watched and device != "meta" and not torch.is_autocast_enabled(device)
+
+
 @contextmanager
-def inferring(knn: Any) -> Iterator[None]:
+def _inferring(knn: Any) -> Iterator[None]:
     """Inference mode, of which nothing stays in the modules."""
     try:
         with torch.inference_mode():
@@ -70,31 +147,11 @@ def inferring(knn: Any) -> Iterator[None]:
     finally:
         for module in _modules(knn):
             for registry in (module._buffers, module.__dict__):
-                for name, value in registry.items():
+                for name, value in list(registry.items()):
                     if isinstance(value, Tensor) and value.is_inference():
                         registry[name] = value.clone()
-
-
-def _classes(knn: Any) -> Iterator[type[Any]]:
-    """Those in place of which somebody may have one of their own."""
-    yield mixin_of(type(knn))
-    for memory in knn.memories:
-        yield type(memory)
-        yield type(getattr(memory, "index", memory))
 
 
 def _modules(knn: Any) -> Iterator[nn.Module]:
     for root in (knn, *heads(knn.memories)):
         yield from root.modules()
-
-
-def _is_known(module: nn.Module) -> bool:
-    """Whether its code is known, all that is called with it too, and its weights are no more."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return (
-        type(module).__module__.startswith(_KNOWN_CODE)
-        and "forward" not in module.__dict__
-        and module._compiled_call_impl is None
-        and all(map(is_own_hook, hooks))
-        and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
-    )

@@ -1,7 +1,7 @@
 """The class of a wrapper: a subclass of its model's own class, made on the fly.
 
 It keeps the name and module of the model's class, by which transformers looks things up, and the
-signature of its `forward`, which generate, Trainer and lm-eval read.
+signatures of its `forward`, which generate, Trainer and lm-eval read, and of its `generate`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from knnlm_hf.modeling.generating import generated
 from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
 
 _classes: dict[tuple[type, type], type[Any]] = {}
@@ -44,7 +45,23 @@ def _new_subclass(mixin: type[Any], base: type[PreTrainedModel]) -> type[Any]:
         "_knnlm_mixin": mixin,
         "forward": as_it_is(forward),
     }
+    if hasattr(base, "generate") and not hasattr(mixin, "generate"):  # a user's subclass may
+        members["generate"] = _generate(base)
     return type(base.__name__, (mixin, base), members)
+
+
+def _generate(base: type[Any]) -> Any:
+
+    @wraps(base.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = base.generate.__get__(self)
+        return (
+            generated(self, inner, args, kwargs)
+            if "_knnlm" in self.__dict__
+            else inner(*args, **kwargs)
+        )
+
+    return generate
 
 
 def mixin_of(cls: type[Any]) -> type[Any]:

@@ -34,7 +34,6 @@ from knnlm_hf.modeling.clone import forward_slot, rebind, shallow_clone, take_ow
 from knnlm_hf.modeling.config import KNNLMConfig
 from knnlm_hf.modeling.explain import Explanation, explain
 from knnlm_hf.modeling.fit import base_of, terms_of, weights_now
-from knnlm_hf.modeling.generating import inferring, only_tokens
 from knnlm_hf.modeling.heads import follow, heads
 from knnlm_hf.modeling.mixture import Retrieval
 from knnlm_hf.modeling.output_layer import StepLinear, for_steps
@@ -236,15 +235,6 @@ class KNNLMForCausalLM(Saving, _Model):  # type: ignore[misc, no-untyped-call]
             SettingError: top, window or stride out of range.
         """
         return explain(self, input_ids, top, tokenizer, window, stride)
-
-    def generate(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the model's own; in inference mode where that leaves no trace, see `generating`."""
-        model: Any = super()
-        if args or not self.retrieves or not only_tokens(self, {"inputs": inputs, **kwargs}):
-            return model.generate(inputs, *args, **kwargs)
-        with inferring(self):
-            tokens = model.generate(inputs, **kwargs)
-        return tokens.clone()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own; inside `disable_retrieval()` its worker thread is without it too.
