@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_modules
 from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -134,7 +134,8 @@ def _is_plain(module: nn.Module) -> bool:
 def _nothing_around(device: str) -> bool:
     """Whether nothing looks on from outside, and autocast keeps no weights that it casts."""
     modes = torch._C._len_torch_function_stack() + torch._C._len_torch_dispatch_stack()
-    watched = modes or _has_any_global_hook() or is_listening()  # type: ignore[no-untyped-call]
+    hooks = of_modules._global_forward_hooks or of_modules._global_forward_pre_hooks
+    watched = modes or hooks or is_listening()
     return not watched and device != "meta" and not torch.is_autocast_enabled(device)
 
 
