@@ -16,8 +16,8 @@ CORE = [
     f"tests/test_{name}.py"
     for name in (
         "interpolation", "windows", "capture", "datastore", "build", "index_exact", "index_faiss",
-        "memory", "multi_embedding", "wrapper", "generate", "generating", "saving", "scoring", "tuning",
-        "ecosystem",
+        "memory", "multi_embedding", "wrapper", "generate", "generating", "saving", "scoring",
+        "tuning", "ecosystem",
     )
 ]  # fmt: skip
 ENVIRONMENT = {
