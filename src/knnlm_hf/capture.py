@@ -137,15 +137,6 @@ class _Hook:
             self.hear((*args, *kwargs.values()) if self.side == "input" else output)
 
 
-def keeps_nothing(hook: Any) -> bool:
-    """Whether a hook found on a module is one of these, or transformers' own.
-
-    Those for `output_hidden_states` and the like keep nothing in the model either.
-    """
-    is_transformers = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-    return isinstance(hook, _Hook) or is_transformers
-
-
 def is_listening() -> bool:
     """Whether a `capturing` block is open in this thread or context."""
     return bool(_active.get())
@@ -340,12 +331,20 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 
 def has_other_hooks(model: nn.Module) -> bool:
-    """Whether somebody else too has hooks in `model`, or accelerate moves its weights."""
+    """Whether somebody else too has hooks in `model`, or accelerate moves its weights.
+
+    transformers' own for `output_hidden_states`, which keep nothing in the model, do not count.
+    """
     for module in model.modules():
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if hasattr(module, "_hf_hook") or not all(map(keeps_nothing, hooks)):
+        others = (hook for hook in hooks if not isinstance(hook, _Hook))
+        if hasattr(module, "_hf_hook") or not all(map(_is_transformers, others)):
             return True
     return False
+
+
+def _is_transformers(hook: Any) -> bool:
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 @torch.no_grad()

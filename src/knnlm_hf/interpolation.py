@@ -75,9 +75,15 @@ def few_or_all(
     similarity_QK: Tensor, tokens_QK: Tensor, temperature: float, vocab_size: int
 ) -> Few | Tensor:
     """`knn_log_probs`, or the same in short where `said_by_few` can say it."""
-    few = said_by_few(similarity_QK, tokens_QK, temperature, vocab_size)
-    if few is not None:
-        return few
+    settings = temperature, vocab_size
+    few = said_by_few(similarity_QK, tokens_QK, *settings)
+    return said_by_all(similarity_QK, tokens_QK, *settings) if few is None else few
+
+
+def said_by_all(
+    similarity_QK: Tensor, tokens_QK: Tensor, temperature: float, vocab_size: int
+) -> Tensor:
+    """`knn_log_probs` of any neighbours of any queries, over all of V."""
     shape, device = (similarity_QK.shape[0], vocab_size), similarity_QK.device
     result_QV = torch.full(shape, -_INF, device=device)
     log_weights_QK = knn_weights(similarity_QK, temperature)

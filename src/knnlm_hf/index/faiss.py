@@ -159,9 +159,7 @@ class FaissIndex(SearchIndex):
         That runs without the interpreter's lock. All else has to wait for it, again and again,
         while the model goes on.
         """
-        rows, on_host = queries_QD.shape[0], queries_QD.device.type == "cpu"
-        usual = type(self) is FaissIndex and on_host and removed is None  # no ways of its own
-        index = self._whole if usual and rows and k <= len(self) else None
+        index = self._at_once(queries_QD, k) if removed is None and len(queries_QD) else None
         if index is None:
             return super()._prepared(queries_QD, k, removed)
         checked_QD = self._checked(queries_QD).numpy()
@@ -169,11 +167,18 @@ class FaissIndex(SearchIndex):
 
     def search_one(self, query_1D: Tensor, k: int) -> tuple[Any, Any] | None:
         """As of any index; where FAISS does all of it."""
-        index = self._whole if type(self) is FaissIndex and k <= len(self) else None
-        if index is None or query_1D.device.type != "cpu":
+        index = self._at_once(query_1D, k)
+        if index is None:
             return None
         similarity_1K, ids_1K = self._similar(self._call(index, self._checked(query_1D).numpy(), k))
         return similarity_1K[0], ids_1K[0]
+
+    def _at_once(self, queries_QD: Tensor, k: int) -> Any | None:
+        """The `faiss.Index` whose one call is all there is to do; None where there is more."""
+        has_own_ways = type(self) is not FaissIndex
+        if has_own_ways or queries_QD.device.type != "cpu" or k > len(self):
+            return None
+        return self._whole
 
     @property
     def _whole(self) -> Any | None:

@@ -36,13 +36,12 @@ class OneQuery:
         self._settings = faiss.SearchParametersIVF(nprobe=lists // shares)
         self._set_threads: Callable[[int], None] = faiss.omp_set_num_threads
         self._queries_SD = np.empty((shares, ivf.d), dtype=np.float32)
-        moved_D = self._queries_SD[0]
-        self._query_D = np.empty(moves[0].d_in, dtype=np.float32) if moves else moved_D
-        made = [np.empty(move.d_out, dtype=np.float32) for move in moves[:-1]]
-        self._steps = [self._query_D, *made, moved_D] if moves else [moved_D]  # pointers need them
+        # The query before each move, and behind the last one: FAISS is told where they are.
+        before = [np.empty(move.d_in, dtype=np.float32) for move in moves]
+        self._steps = [*before, self._queries_SD[0]]
         self._moves = [
             (move.apply_noalloc, faiss.swig_ptr(before_D), faiss.swig_ptr(after_D))
-            for move, before_D, after_D in zip(moves, self._steps, self._steps[1:], strict=False)
+            for move, before_D, after_D in zip(moves, before, self._steps[1:], strict=True)
         ]
         self._centre_distance_P = np.empty(lists, dtype=np.float32)
         self._lists_P = np.empty(lists, dtype=np.int64)
@@ -61,7 +60,7 @@ class OneQuery:
         """Distances and ids of the k nearest entries, (K,) arrays of the caller's own."""
         k, shares, lists = self.size
         queries, centre_distance, visited, distance, ids = self._pointers
-        self._query_D[:] = query_D
+        self._steps[0][:] = query_D
         for apply, before, after in self._moves:
             apply(1, before, after)
         self._ivf.quantizer.search_c(1, queries, lists, centre_distance, visited)

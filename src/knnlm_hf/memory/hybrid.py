@@ -115,18 +115,17 @@ class HybridMemory(KNNMemory):
         Raises:
             KNNLMError: another number of queries.
         """
-        if self._before_QM is None:
+        before_QM = self._text_before(len(ids_QK))
+        if before_QM is None:
             return None
-        self._check_places(len(ids_QK))
         if len(ids_QK) == 1 and ids_QK.device.type == "cpu":
-            before_M = self._before_QM[0].cpu().numpy()
-            return torch.from_numpy(self._matches_of_one(ids_QK[0].numpy(), before_M))[None]
+            return torch.from_numpy(self._matches_of_one(ids_QK[0].numpy(), before_QM))[None]
         ids_n = ids_QK.to("cpu").reshape(-1)
         alike_QK = (ids_n >= 0).view(ids_QK.shape)
         ids_n = ids_n.clamp(min=0)
         count_QK = torch.zeros(ids_QK.shape, dtype=torch.uint8)
         room_QK = self._room.index_select(0, ids_n).view(ids_QK.shape)
-        for back, token_Q in enumerate(self._before_QM.to("cpu", torch.int32).unbind(1), start=1):
+        for back, token_Q in enumerate(before_QM.to("cpu", torch.int32).unbind(1), start=1):
             # Entry i − 1 is the token before entry i's, where both are of one document.
             earlier_n = (ids_n - back).clamp_(min=0)
             value_QK = self.store.values.index_select(0, earlier_n).view(ids_QK.shape)
@@ -135,13 +134,15 @@ class HybridMemory(KNNMemory):
             count_QK += alike_QK
         return count_QK.to(ids_QK.device)
 
-    def _check_places(self, queries: int) -> None:
-        places = 0 if self._before_QM is None else len(self._before_QM)
-        if places != queries:
-            raise KNNLMError(f"{queries} queries, but {places} places in a text")
+    def _text_before(self, queries: int) -> Tensor | None:
+        """(Q, M) what `reading` was told stands before so many queries; None without a text."""
+        if self._before_QM is not None and len(self._before_QM) != queries:
+            raise KNNLMError(f"{queries} queries, but {len(self._before_QM)} places in a text")
+        return self._before_QM
 
-    def _matches_of_one(self, ids_K: Any, before_M: Any) -> Any:
+    def _matches_of_one(self, ids_K: Any, before_1M: Tensor) -> Any:
         """`matches` of one query: all places at a time, by numpy, whose operations are quicker."""
+        before_M = before_1M[0].cpu().numpy()
         back_M = np.arange(1, len(before_M) + 1)
         earlier_KM = np.maximum(ids_K[:, None] - back_M, 0)
         alike_KM = self.store.values.numpy().take(earlier_KM) == before_M
@@ -156,12 +157,11 @@ class HybridMemory(KNNMemory):
         return near.similarity + matches_QK * (self.temperature * self.match_weight)
 
     def _scored_one(self, similarity_K: Any, ids_K: Any) -> Any:
-        if self._before_QM is None or not self.match_weight:
+        before_1M = self._text_before(1) if self.match_weight else None
+        if before_1M is None:
             return similarity_K
-        self._check_places(1)
-        matches_K = self._matches_of_one(ids_K, self._before_QM[0].cpu().numpy())
-        bonus = np.float32(self.temperature * self.match_weight)
-        return similarity_K + matches_K.astype(np.float32) * bonus
+        matches_K = self._matches_of_one(ids_K, before_1M).astype(np.float32)
+        return similarity_K + matches_K * np.float32(self.temperature * self.match_weight)
 
     def _options(self) -> dict[str, Any]:
         own = {"match_length": self.match_length, "match_weight": self.match_weight}

@@ -23,7 +23,7 @@ from knnlm_hf.index import (
     rescore,
     wrap_index,
 )
-from knnlm_hf.interpolation import Few, default_temperature, few_of, knn_log_probs
+from knnlm_hf.interpolation import Few, default_temperature, few_of, said_by_all
 from knnlm_hf.memory.kinds import register
 from knnlm_hf.memory.knn_files import KNNFiles
 from knnlm_hf.memory.neighbours import NeighbourMemory
@@ -180,7 +180,8 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         self._check_queries(queries)
         is_own = type(self).__module__.startswith(f"{__package__}.")  # no ways of somebody's
         is_usual = is_own and isinstance(self.index, SearchIndex) and len(queries) == 1
-        if is_usual and not (self._found_later or self.rescore or self.store.removed):
+        is_all = self._found_later is None and not self.rescore and self.store.removed is None
+        if is_usual and is_all:
             found = self.index.search_one(queries, self.k)
         if found is None:
             return super().said_of_one(hidden)
@@ -190,7 +191,7 @@ class KNNMemory(KNNFiles, NeighbourMemory):
         if few is not None:
             return few
         found_1K = torch.from_numpy(score_K)[None], torch.from_numpy(tokens_K)[None]
-        log_probs_1V = knn_log_probs(*found_1K, self.temperature, self.vocab_size)
+        log_probs_1V = said_by_all(*found_1K, self.temperature, self.vocab_size)
         return log_probs_1V.view(*hidden.shape[:-1], self.vocab_size)
 
     def _scored_one(self, similarity_K: Any, ids_K: Any) -> Any:

@@ -22,7 +22,7 @@ from torch.nn.modules import module as of_modules
 from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from knnlm_hf.capture import is_listening, keeps_nothing
+from knnlm_hf.capture import has_other_hooks, is_listening
 from knnlm_hf.modeling.heads import heads
 
 _ARGUMENTS = {
@@ -55,8 +55,7 @@ def generated(
     Not where arguments are given by their place, but for the first: it would have to be known what
     they are.
     """
-    named = dict(zip(("inputs",), args, strict=False)) | kwargs
-    if len(args) > 1 or not _only_tokens(knn, named):
+    if len(args) > 1 or not _only_tokens(knn, kwargs):
         return inner(*args, **kwargs)
     with _inferring(knn):
         tokens = inner(*args, **kwargs)
@@ -68,13 +67,13 @@ def _only_tokens(knn: Any, arguments: dict[str, Any]) -> bool:
     given = {name: value for name, value in arguments.items() if value is not None}
     visitors = [*given.get("stopping_criteria", ()), given.get("streamer")]
     return (
-        knn.retrieves
-        and knn._own.own_forward is None
+        knn._own.own_forward is None
         and not knn.training
         and given.keys() <= _ARGUMENTS
         and not any(_setting(knn, given, name) for name in _OUTLIVES)
         and all(_is_known(type(one)) for one in visitors if one is not None)
         and all(map(_is_known, _replaceable(knn)))
+        and not any(map(has_other_hooks, _roots(knn)))
         and all(map(_is_plain, _modules(knn)))
         and _nothing_around(knn.device.type)
     )
@@ -89,9 +88,8 @@ def _setting(knn: Any, given: dict[str, Any], name: str) -> Any:
 
 
 def _replaceable(knn: Any) -> Iterator[Any]:
-    """The code in place of which a user may have put their own."""
+    """The code, beside that of modules, in place of which a user may have put their own."""
     yield from (type(knn)._knnlm_mixin, type(knn)._knnlm_base.forward)
-    yield from {type(module).forward for module in _modules(knn)}
     for memory in knn.memories:
         index = getattr(memory, "index", None)
         keys = getattr(index, "keys", None)
@@ -111,11 +109,10 @@ def _is_known(code: Any) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether its class, what it was given besides and what is called with it are known.
+    """Whether its code, and what it was given beside that of its class, is known.
 
     And its weights plain ones.
     """
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     own = module.__dict__
     config = own.get("config")
     attention = ALL_ATTENTION_FUNCTIONS.get(getattr(config, "_attn_implementation", None))
@@ -124,9 +121,8 @@ def _is_plain(module: nn.Module) -> bool:
         type(module).__module__.startswith(_KNOWN_MODULES)
         and "forward" not in own
         and module._compiled_call_impl is None
-        and all(map(_is_known, functions))
+        and all(map(_is_known, (type(module).forward, *functions)))
         and (attention is None or _is_known(attention))
-        and all(map(keeps_nothing, hooks))
         and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     )
 
@@ -153,6 +149,11 @@ def _inferring(knn: Any) -> Iterator[None]:
                         registry[name] = value.clone()
 
 
+def _roots(knn: Any) -> list[nn.Module]:
+    """The wrapper and its heads, which are no submodules of it."""
+    return [knn, *heads(knn.memories)]
+
+
 def _modules(knn: Any) -> Iterator[nn.Module]:
-    for root in (knn, *heads(knn.memories)):
+    for root in _roots(knn):
         yield from root.modules()

@@ -55,11 +55,9 @@ def _generate(base: type[Any]) -> Any:
     @wraps(base.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         inner = base.generate.__get__(self)
-        return (
-            generated(self, inner, args, kwargs)
-            if "_knnlm" in self.__dict__
-            else inner(*args, **kwargs)
-        )
+        if "_knnlm" not in self.__dict__ or not self.retrieves:
+            return inner(*args, **kwargs)
+        return generated(self, inner, args, kwargs)
 
     return generate
 
