@@ -17,7 +17,7 @@ CORE = [
     for name in (
         "interpolation", "windows", "capture", "datastore", "build", "index_exact", "index_faiss",
         "memory", "multi_embedding", "wrapper", "generate", "generating", "saving", "scoring",
-        "tuning", "ecosystem",
+        "tuning", "ecosystem", "skipping",
     )
 ]  # fmt: skip
 ENVIRONMENT = {

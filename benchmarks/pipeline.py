@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -158,16 +159,27 @@ def bench_tune(args: argparse.Namespace, model: Any, store: Any, ids: list[int])
 
 
 def bench_generate(args: argparse.Namespace, model: Any, store: Any, ids: list[int]) -> Any:
-    """Greedy generation at batch 1, 128 new tokens."""
+    """Generation at batch 1, 128 new tokens: greedy, and sampled, where every step searches."""
     models = {"model alone": model, **wrapped(args, model, store)}
     prompt = torch.tensor([ids[:64]], device=model.device)
-    options = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": 128, "min_new_tokens": 128, "pad_token_id": 0}
 
-    def generating(of: Any) -> Any:
-        return lambda: int(of.generate(prompt, **options).shape[1] - prompt.shape[1])
+    def generating(of: Any, **choice: Any) -> Any:
+        return lambda: int(of.generate(prompt, **options, **choice).shape[1] - prompt.shape[1])
 
-    rates = paired({name: generating(of) for name, of in models.items()}, args.runs * 3)
-    return _section(rates, "model alone")
+    def rates(names: Iterable[str], **choice: Any) -> dict[str, list[float]]:
+        return paired({name: generating(models[name], **choice) for name in names}, args.runs * 3)
+
+    knn = models["mixture"]
+    tokens = knn.generate(prompt, **options, do_sample=False)
+    with torch.no_grad():
+        probs_TV = model(tokens).logits[0, prompt.shape[1] - 1 : -1].float().softmax(dim=-1)
+    lead_T = probs_TV.topk(2).values @ torch.tensor([1.0, -1.0], device=model.device)
+    skipped = (lead_T > knn.lmbda / (1 - knn.lmbda)).float().mean().item()
+    return {
+        **_section(rates(models, do_sample=False), "model alone", steps_without_search=skipped),
+        "sampled": _section(rates(["model alone", "mixture"], do_sample=True), "model alone"),
+    }
 
 
 def bench_quality(args: argparse.Namespace, model: Any, store: Any, tokenizer: Any) -> Any:

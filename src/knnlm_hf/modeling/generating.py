@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -45,6 +46,7 @@ _KNOWN_MODULES = (
     "knnlm_hf.",
 )
 _KNOWN_CODE = ("torch.", "transformers.", "knnlm_hf.")
+_now: ContextVar[Any] = ContextVar("knnlm_hf_generating", default=None)
 
 
 def generated(
@@ -57,9 +59,18 @@ def generated(
     """
     if len(args) > 1 or not _only_tokens(knn, kwargs):
         return inner(*args, **kwargs)
-    with _inferring(knn):
-        tokens = inner(*args, **kwargs)
+    before = _now.set(knn)
+    try:
+        with _inferring(knn):
+            tokens = inner(*args, **kwargs)
+    finally:
+        _now.reset(before)
     return tokens.clone() if isinstance(tokens, Tensor) else tokens
+
+
+def gives_only_tokens(knn: Any) -> bool:
+    """Whether its generate() is at work here, in inference mode for the reasons said above."""
+    return _now.get() is knn
 
 
 def _only_tokens(knn: Any, arguments: dict[str, Any]) -> bool:

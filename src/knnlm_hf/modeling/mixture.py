@@ -6,6 +6,7 @@ Shape suffixes: B batch, T position, D hidden dimension, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -21,6 +22,7 @@ from knnlm_hf.modeling.ahead import Ahead, Answer, ask, ask_of_one, is_step
 from knnlm_hf.modeling.output_layer import InStep
 from knnlm_hf.modeling.positions import inputs_of, kept
 from knnlm_hf.modeling.reading import length_before, read
+from knnlm_hf.modeling.skipping import is_settled
 
 if TYPE_CHECKING:
     from knnlm_hf.memory.base import Memory
@@ -154,13 +156,14 @@ def _listen(
 def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     logits = output.logits
     asked = [one for one in call.asked if one.heard.raw is not None]
+    asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
     if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
-        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
-        texts = _texts(call, output)
-        answers = [_answer(own, call, one, logits, texts) for one in asked]
-        logits = mix_answers(logits, answers, [one.lmbda for one in asked])
+        lmbdas, texts = [one.lmbda for one in asked], _texts(call, output)
+        if not is_settled(knn, logits, math.fsum(lmbdas)):
+            answers = [_answer(own, call, one, logits, texts) for one in asked]
+            logits = mix_answers(logits, answers, lmbdas)
     if call.labels is None and own.own_forward is None:
         output["logits"] = logits  # nobody else has this object
     else:

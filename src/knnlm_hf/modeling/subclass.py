@@ -10,10 +10,11 @@ import inspect
 from functools import wraps
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from knnlm_hf.modeling.generating import generated
 from knnlm_hf.modeling.mixture import Retrieval, as_it_is, mixed_forward
+from knnlm_hf.modeling.skipping import choosing_the_likeliest
 
 _classes: dict[tuple[type, type], type[Any]] = {}
 
@@ -47,6 +48,9 @@ def _new_subclass(mixin: type[Any], base: type[PreTrainedModel]) -> type[Any]:
     }
     if hasattr(base, "generate") and not hasattr(mixin, "generate"):  # a user's subclass may
         members["generate"] = _generate(base)
+    own_choice = getattr(base, "_sample", None)
+    if own_choice is GenerationMixin._sample and not hasattr(mixin, "_sample"):
+        members["_sample"] = _sample
     return type(base.__name__, (mixin, base), members)
 
 
@@ -60,6 +64,12 @@ def _generate(base: type[Any]) -> Any:
         return generated(self, inner, args, kwargs)
 
     return generate
+
+
+@wraps(GenerationMixin._sample)
+def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with choosing_the_likeliest(self, kwargs):
+        return GenerationMixin._sample(self, *args, **kwargs)
 
 
 def mixin_of(cls: type[Any]) -> type[Any]:
