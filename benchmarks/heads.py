@@ -2,13 +2,13 @@
 
     python benchmarks/heads.py train MODEL STORE HEADS n1 mlp-distilled     # by name, see `RECIPES`
     python benchmarks/heads.py evaluate MODEL STORE HEADS --valid valid.txt --test test.txt
-    python benchmarks/heads.py speed MODEL STORE HEADS
+    python benchmarks/heads.py speed MODEL STORE HEADS --valid valid.txt
 
 `train` keeps each head under HEADS/<name>, with its seconds; one that is there is left alone.
 `evaluate` scores model, datastore and all heads found in one pass over each split, fits λ (and the
 datastore's k and t) on valid and reports test: gain = drop in log-perplexity against the model.
-`speed` times generate() at batch 1 and scoring, in turn with the model alone. Results go to
-HEADS/results.json.
+`speed` times generate() at batch 1, from prompts of valid, and scoring, in turn with the model
+alone. Results go to HEADS/results.json.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import machine, paired, quantiles, ratios
+from timing import machine, over_prompts, paired, prompts_of, quantiles, ratios
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knnlm_hf import (
@@ -72,6 +73,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="scored at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    if options.job != "train" and not options.valid:
+        parser.error(f"{options.job} needs --valid, a text file")
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model).eval()
     {"train": train, "evaluate": evaluate, "speed": speed}[options.job](options, model)
@@ -150,15 +153,15 @@ def evaluate(options: argparse.Namespace, model: Any) -> None:
 
 
 def speed(options: argparse.Namespace, model: Any) -> None:
-    prompt = torch.randint(1, model.config.vocab_size, (1, 32))
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    text = Path(options.valid).read_text(encoding="utf-8")[:100_000]
+    prompts = prompts_of(tokenizer(text, verbose=False)["input_ids"])
     windows = torch.randint(1, model.config.vocab_size, (8, 128))
-    greedy = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False, "pad_token_id": 0}
-    rows = {}
+    greedy = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
+    sampled = greedy | {"do_sample": True}
+    rows: dict[str, dict[str, Any]] = {}
     for name, head in found_heads(options).items():
         knn = KNNLMForCausalLM(model, head)
-
-        def generate(which: Any) -> int:
-            return which.generate(prompt, **greedy).shape[1] - 32
 
         @torch.no_grad()
         def forward(which: Any) -> int:
@@ -166,8 +169,14 @@ def speed(options: argparse.Namespace, model: Any) -> None:
             return windows.numel()
 
         rows[name] = {}
-        for job, work in (("generate", generate), ("forward", forward)):
-            rates = paired({"model": partial(work, model), "mixture": partial(work, knn)}, 7)
+        both = {"model": model, "mixture": knn}
+        jobs: dict[str, Callable[[Any], Callable[[], int]]] = {
+            "generate": lambda of: over_prompts(partial(of.generate, **greedy), prompts),
+            "generate, sampled": lambda of: over_prompts(partial(of.generate, **sampled), prompts),
+            "forward": lambda of: partial(forward, of),
+        }
+        for job, work in jobs.items():
+            rates = paired({which: work(of) for which, of in both.items()}, 10)
             rows[name][job] = ratios(rates, "model")["mixture"] | {
                 "model_tokens_per_second": quantiles(rates["model"])["p50"]
             }

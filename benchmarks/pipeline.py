@@ -18,13 +18,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import machine, paired, quantiles, ratios
+from timing import machine, over_prompts, paired, prompts_of, quantiles, ratios
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knnlm_hf import (
@@ -38,6 +40,8 @@ from knnlm_hf import (
     tune,
 )
 from knnlm_hf.corpus import documents
+from knnlm_hf.modeling import mixture
+from knnlm_hf.modeling.skipping import is_settled
 from knnlm_hf.tuning import fit
 from knnlm_hf.windows import batches
 
@@ -159,27 +163,36 @@ def bench_tune(args: argparse.Namespace, model: Any, store: Any, ids: list[int])
 
 
 def bench_generate(args: argparse.Namespace, model: Any, store: Any, ids: list[int]) -> Any:
-    """Generation at batch 1, 128 new tokens: greedy, and sampled, where every step searches."""
+    """128 new tokens at batch 1: greedy, and sampled, where every step searches."""
     models = {"model alone": model, **wrapped(args, model, store)}
-    prompt = torch.tensor([ids[:64]], device=model.device)
+    prompts = [prompt.to(model.device) for prompt in prompts_of(ids)]
     options = {"max_new_tokens": 128, "min_new_tokens": 128, "pad_token_id": 0}
 
-    def generating(of: Any, **choice: Any) -> Any:
-        return lambda: int(of.generate(prompt, **options, **choice).shape[1] - prompt.shape[1])
-
     def rates(names: Iterable[str], **choice: Any) -> dict[str, list[float]]:
-        return paired({name: generating(models[name], **choice) for name in names}, args.runs * 3)
+        calls = {name: partial(models[name].generate, **options, **choice) for name in names}
+        work = {name: over_prompts(call, prompts) for name, call in calls.items()}
+        return paired(work, args.runs * 3)
 
-    knn = models["mixture"]
-    tokens = knn.generate(prompt, **options, do_sample=False)
-    with torch.no_grad():
-        probs_TV = model(tokens).logits[0, prompt.shape[1] - 1 : -1].float().softmax(dim=-1)
-    lead_T = probs_TV.topk(2).values @ torch.tensor([1.0, -1.0], device=model.device)
-    skipped = (lead_T > knn.lmbda / (1 - knn.lmbda)).float().mean().item()
     return {
-        **_section(rates(models, do_sample=False), "model alone", steps_without_search=skipped),
+        **_section(rates(models, do_sample=False), "model alone"),
+        "steps_without_search": share_without_search(
+            models["mixture"], prompts, options | {"do_sample": False}
+        ),
         "sampled": _section(rates(["model alone", "mixture"], do_sample=True), "model alone"),
     }
+
+
+def share_without_search(knn: Any, prompts: list[Any], options: dict[str, Any]) -> float:
+    """Of the greedy steps, those whose token no memory could change."""
+    settled = []
+
+    def watched(*args: Any) -> bool:
+        settled.append(is_settled(*args))
+        return settled[-1]
+
+    with patch.object(mixture, "is_settled", watched):
+        steps = sum(over_prompts(partial(knn.generate, **options), [one])() for one in prompts)
+    return sum(settled) / steps
 
 
 def bench_quality(args: argparse.Namespace, model: Any, store: Any, tokenizer: Any) -> Any:

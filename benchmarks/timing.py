@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import faiss
@@ -39,6 +40,23 @@ def ratios(rates: dict[str, list[float]], reference: str) -> dict[str, dict[str,
         name: quantiles([a / b for a, b in zip(values, base, strict=True)])
         for name, values in rates.items()
     }
+
+
+def over_prompts(generate: Callable[..., Any], prompts: list[torch.Tensor]) -> Callable[[], int]:
+    """Work for `paired`: generate from the next prompt, over and over; its units are new tokens."""
+    turns = cycle(prompts)
+
+    def work() -> int:
+        prompt = next(turns)
+        return int(generate(prompt).shape[1] - prompt.shape[1])
+
+    return work
+
+
+def prompts_of(ids: list[int], count: int = 5, length: int = 64) -> list[torch.Tensor]:
+    """`count` prompts (1, length) from places spread over a text."""
+    step = (len(ids) - length) // count
+    return [torch.tensor([ids[i * step : i * step + length]]) for i in range(count)]
 
 
 def machine() -> dict[str, Any]:

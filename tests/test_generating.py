@@ -17,6 +17,8 @@ from architectures import V, tiny
 from marked import nothing_stays_marked
 from stores import random
 from tiny_memory import head_of, memory_of
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 from transformers import (
@@ -27,6 +29,7 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessorList,
     MaxLengthCriteria,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
     TextStreamer,
 )
@@ -63,8 +66,14 @@ def modes(knn: Any, **arguments: Any) -> set[bool]:
     return seen
 
 
+def words() -> Any:
+    """A tokenizer of transformers', of one word per token."""
+    known = WordLevel({f"word{i}": i for i in range(V)}, "word0")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(known))
+
+
 class Decoder:
-    """As much of a tokenizer as streaming takes."""
+    """As much of a tokenizer as streaming takes, of somebody's own."""
 
     def decode(self, ids: Any, **_: Any) -> str:
         return " ".join(map(str, list(ids))) + "\n"
@@ -127,7 +136,7 @@ def test_tokens_can_be_trained_on(knn: Any) -> None:
         {"stopping_criteria": [], "past_key_values": None, "tokenizer": object()},
         {"use_cache": False, "repetition_penalty": 1.2},
         {"prompt_lookup_num_tokens": 2, "eos_token_id": 2},  # 5.4 needs one
-        {"streamer": TextStreamer(Decoder()), "stopping_criteria": [MaxLengthCriteria(90)]},
+        {"streamer": TextStreamer(words()), "stopping_criteria": [MaxLengthCriteria(90)]},
     ],
     ids=["none", "config", "empty", "no cache", "prompt lookup", "visitors"],
 )
@@ -209,6 +218,7 @@ def test_other_forwards() -> None:
         lambda knn: {"prefix_allowed_tokens_fn": lambda row, ids: [1, 2, 3]},
         lambda knn: {"assistant_model": tiny("llama", seed=1)},
         lambda knn: {"streamer": Keeper()},
+        lambda knn: {"streamer": TextStreamer(Decoder())},
         lambda knn: {"stopping_criteria": [MaxLengthCriteria(90), Keeper()]},
     ],
     ids=[
@@ -220,6 +230,7 @@ def test_other_forwards() -> None:
         "prefix",
         "assistant",
         "streamer",
+        "tokenizer",
         "criterion",
     ],
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -14,19 +14,24 @@ import pytest
 import torch
 from architectures import V, tiny
 from stores import random
+from test_generating import Decoder, words
 from tiny_memory import head_of
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
+    TextStreamer,
     TopKLogitsWarper,
 )
 
-from knnlm_hf.memory import CacheMemory, HybridMemory, KNNMemory
+from knnlm_hf.errors import KNNLMError
+from knnlm_hf.memory import CacheMemory, HybridMemory, KNNMemory, MLPMemory
 from knnlm_hf.modeling import KNNLMForCausalLM, ahead, mixture, skipping
-from knnlm_hf.modeling.generating import gives_only_tokens
+from knnlm_hf.modeling.generating import is_giving_only_tokens
 from knnlm_hf.modeling.skipping import choosing_the_likeliest, is_settled
+from knnlm_hf.parallel import pool
 
 IDS = torch.tensor([[3, 9, 27, 17, 51]])
 STEPS = 40
@@ -51,6 +56,12 @@ def made(lmbda: Any = 0.3) -> Any:
     return KNNLMForCausalLM(model, head_of(model), lmbda)
 
 
+class Wrapper:
+    """As much of one as is looked at."""
+
+    _knnlm_base = GenerationMixin
+
+
 @contextmanager
 def answers() -> Iterator[list[Any]]:
     """Collects the memories that are asked for an answer."""
@@ -61,6 +72,20 @@ def answers() -> Iterator[list[Any]]:
         return answer(own, call, asked, *args)
 
     with patch.object(mixture, "_answer", watched):
+        yield seen
+
+
+@contextmanager
+def under_way() -> Iterator[list[Any]]:
+    """Collects the answers that were begun while the model went on."""
+    seen, answer = [], ahead.Ahead.answer
+
+    def watched(self: Any, heard: Any) -> Any:
+        found = answer(self, heard)
+        seen.extend([] if found is None else [found])
+        return found
+
+    with patch.object(ahead.Ahead, "answer", watched):
         yield seen
 
 
@@ -79,9 +104,10 @@ def greedy(knn: Any, *processors: Any) -> Iterator[None]:
         "logits_processor": LogitsProcessorList(processors),
     }
     with (
-        patch.object(skipping, "gives_only_tokens", lambda _: True),
+        patch.object(skipping, "is_giving_only_tokens", lambda _: True),
         choosing_the_likeliest(knn, settings),
     ):
+        assert not is_settled(knn, log_probs(1.0, 0.0), 0.1)  # the first step always asks
         yield
 
 
@@ -109,13 +135,13 @@ def log_probs(*probs: float) -> Tensor:
     ],
 )
 def test_the_bound(probs: tuple[float, ...], lmbda: float, expected: bool) -> None:
-    knn = object()
+    knn = Wrapper()
     lm = log_probs(*probs)
     before = lm.clone()
     assert not is_settled(knn, lm, lmbda)
     with greedy(knn):
         assert is_settled(knn, lm, lmbda) is expected
-        assert not is_settled(object(), lm, lmbda)  # another wrapper
+        assert not is_settled(Wrapper(), lm, lmbda)  # another wrapper
     assert not is_settled(knn, lm, lmbda)
     assert torch.equal(lm, before) or math.isnan(probs[-1])
 
@@ -123,7 +149,7 @@ def test_the_bound(probs: tuple[float, ...], lmbda: float, expected: bool) -> No
 def test_no_memory_can_change_what_is_settled() -> None:
     """The worst that one can say is that the second is certain; just above the bound it may."""
     generator = torch.Generator().manual_seed(0)
-    knn, seen = object(), set()
+    knn, seen = Wrapper(), set()
     for _ in range(3000):
         sharpness, lmbda = (torch.rand(2, generator=generator) * torch.tensor([8.0, 0.5])).tolist()
         lm_V = torch.log_softmax(torch.randn(12, generator=generator) * sharpness, dim=-1)
@@ -138,17 +164,18 @@ def test_no_memory_can_change_what_is_settled() -> None:
 
 
 def test_several_positions_or_rows_are_not_settled() -> None:
-    knn = object()
+    knn = Wrapper()
     with greedy(knn):
         lm_22 = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
         assert is_settled(knn, lm_22[:1], 0.2)
         assert not is_settled(knn, lm_22[:, None], 0.2)
         assert not is_settled(knn, lm_22[None], 0.2)
+        assert not is_settled(knn, lm_22[:1].to("meta"), 0.2)  # to look at a GPU's is to wait
 
 
 def test_an_end_that_must_not_come_yet() -> None:
     """What is likeliest may be it; then another token is chosen, which a memory can change."""
-    knn, lm = object(), log_probs(0.9, 0.06, 0.04)
+    knn, lm = Wrapper(), log_probs(0.9, 0.06, 0.04)
     with greedy(knn, MinLengthLogitsProcessor(8, 0)):
         assert not is_settled(knn, lm, 0.2)
     with greedy(knn, MinLengthLogitsProcessor(8, [1, 2])):
@@ -177,19 +204,26 @@ def test_tokens_are_the_mixtures(
     }[kind]()
     memories = len(memory) if kind == "two" else 1
     knn = KNNLMForCausalLM(model, memory, 0.3, allow_mismatch=True)
-    tokens, times = generated(knn)
+    with under_way() as early:
+        tokens, times = generated(knn)
+    assert pool._tasks.empty()  # no search goes on that nobody waits for
     with answers() as seen:
         output = knn.generate(IDS, **SETTINGS, return_dict_in_generate=True, output_logits=True)
     assert torch.equal(tokens, output.sequences)
     assert len(seen) == STEPS * memories
-    assert 0 < times < STEPS * memories
-    assert times % memories == 0
+    assert not torch.equal(tokens, model.generate(IDS, **SETTINGS))
+    assert kind != "exact" or early
+    if early:
+        assert times == STEPS * memories
+        return
     # Not one step too many is skipped, and none too few: counted from the model alone.
     with torch.no_grad():
         lm_TV = model(tokens).logits[0, IDS.shape[1] - 1 : -1].softmax(dim=-1)
     first_T, second_T = lm_TV.topk(2).values.unbind(dim=-1)
-    assert int((first_T - second_T <= 0.3 / 0.7).sum()) * memories == times
-    assert not torch.equal(tokens, model.generate(IDS, **SETTINGS))
+    is_asked_T = first_T - second_T <= 0.3 / 0.7
+    is_asked_T[0] = True
+    assert int(is_asked_T.sum()) * memories == times
+    assert 0 < times < STEPS * memories
 
 
 @pytest.mark.parametrize(
@@ -247,13 +281,116 @@ def test_a_look_at_the_logits_from_outside() -> None:
     assert generated(knn)[1] < STEPS
 
 
-def test_forwards_in_between_are_whole() -> None:
-    """A streamer of transformers' may call the wrapper; it is asked for logits there."""
+class Curious:
+    """A tokenizer, or what is done with its text, that asks the wrapper for itself."""
+
+    def __init__(self, knn: Any) -> None:
+        self.knn, self.seen = knn, []
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        self.look()
+        return "word "
+
+    def look(self, *_: Any, **options: Any) -> None:
+        self.seen.append(self.knn(torch.tensor([[7]])).logits)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "text"])
+def test_forwards_in_between_are_whole(where: str) -> None:
     knn = made(0.05)
-    lm, full = knn.unwrap()(IDS).logits.log_softmax(dim=-1), knn(IDS).logits
-    assert (lm - full).abs().max() > 0.01
-    generated(knn)
-    assert torch.equal(knn(IDS).logits, full)
+    curious = Curious(knn)
+    streamer = TextStreamer(curious if where == "tokenizer" else Decoder())
+    if where == "text":
+        streamer.on_finalized_text = curious.look
+    expected = knn(torch.tensor([[7]])).logits
+    generated(knn, streamer=streamer)
+    assert curious.seen
+    assert all(torch.equal(logits, expected) for logits in curious.seen)
+
+
+def test_a_known_streamer_sees_nothing_but_tokens() -> None:
+    """So that a chat skips too."""
+    knn = made()
+    assert generated(knn, streamer=TextStreamer(words()))[1] < STEPS
+
+
+def test_generations_within_are_whole() -> None:
+    """An early exit asks the wrapper's own generate() for its scores."""
+    model = tiny("llama")
+    torch.manual_seed(1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(V, 32) / 2)
+    knn = KNNLMForCausalLM(model, head_of(model, "model.layers.0"), 0.3)
+    seen: list[list[Tensor]] = [[], []]
+    own = type(knn).generate
+    for scores, settled in zip(seen, (is_settled, lambda *_: False), strict=True):
+
+        def watched(
+            self: Any,
+            *args: Any,
+            to: Any = scores,
+            **kwargs: Any,
+        ) -> Any:
+            made = own(self, *args, **kwargs)
+            to.extend(getattr(made, "scores", ()))
+            return made
+
+        with (
+            patch.object(mixture, "is_settled", settled),
+            patch.object(type(knn), "generate", watched),
+        ):
+            knn.generate(IDS, **SETTINGS, assistant_early_exit=1)
+    assert seen[0]
+    assert all(map(torch.equal, *seen))
+
+
+def test_others_within_the_method() -> None:
+    """Who replaces a method that sees the logits may look at them, and is called."""
+    knn = made()
+    for name in ("_sample", "_prefill", "_update_model_kwargs_for_generation"):
+        for cls in (GenerationMixin, type(knn.unwrap())):
+            method, calls = getattr(cls, name), []
+
+            def mine(
+                self: Any, *args: Any, _is: Any = method, to: Any = calls, **options: Any
+            ) -> Any:
+                to.append(_is)
+                return _is(self, *args, **options)
+
+            with patch.object(cls, name, mine):
+                assert generated(knn)[1] == STEPS
+            assert calls
+    assert generated(knn)[1] < STEPS
+
+
+@pytest.mark.parametrize("name", ["log_probs", "reading"])
+def test_a_function_set_on_a_memory_is_called_at_every_step(name: str) -> None:
+    model = sure()
+    memory = CacheMemory.of(model, size=64, k=16)
+    calls, method = [], getattr(memory, name)
+
+    def spy(*args: Any) -> Any:
+        calls.append(args)
+        return method(*args)
+
+    setattr(memory, name, spy)
+    KNNLMForCausalLM(model, memory, 0.3).generate(IDS, **SETTINGS)
+    assert len(calls) == STEPS
+
+
+def test_a_memory_that_does_not_fit_is_found_out() -> None:
+    model = sure()
+    knn = KNNLMForCausalLM(model, head_of(model, "transformer.h.1.mlp.c_fc"), 0.05)
+    with pytest.raises(KNNLMError, match="32-d states"):
+        knn.generate(IDS, **SETTINGS)
+
+
+def test_a_head_in_training_draws_at_every_step() -> None:
+    model = sure()
+    memory = MLPMemory(32, V, layers=1, dropout=0.5, layer="att")
+    knn = KNNLMForCausalLM(model, memory, 0.3)
+    assert generated(knn)[1] < STEPS
+    memory.train()
+    assert generated(knn)[1] == STEPS
 
 
 def test_nothing_is_left_when_it_fails() -> None:
@@ -262,11 +399,12 @@ def test_nothing_is_left_when_it_fails() -> None:
     def fails(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    assert not gives_only_tokens(knn)
+    assert not is_giving_only_tokens(knn)
 
     with patch.object(mixture, "is_settled", fails), pytest.raises(KeyboardInterrupt):
         generated(knn)
     assert skipping._choosing.get() is None
+    assert not is_giving_only_tokens(knn)
     assert generated(knn)[1] < STEPS
 
 
@@ -276,7 +414,7 @@ def test_only_the_wrapper_that_generates() -> None:
     seen = []
 
     def watched(*_: Any) -> bool:
-        seen.append((gives_only_tokens(knn), gives_only_tokens(other)))
+        seen.append((is_giving_only_tokens(knn), is_giving_only_tokens(other)))
         return False
 
     with patch.object(mixture, "is_settled", watched):
@@ -298,13 +436,35 @@ def test_end_of_text_comes_when_the_mixture_says_so() -> None:
     assert tokens.shape[1] >= 5 + 20
 
 
-def test_a_models_own_choice_is_left_to_it() -> None:
-    calls: list[Callable[..., Any]] = []
+def _searches(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return GenerationMixin._sample(self, *args, **kwargs)
+
+
+@pytest.mark.parametrize("whose", ["model", "wrapper", "transformers"])
+def test_a_choice_of_its_own_is_left_to_it(whose: str) -> None:
+    calls: list[Any] = []
+    if whose == "transformers":
+        knn, theirs = made(), {**globals(), "__name__": "transformers.models.mine"}
+        method = FunctionType(_searches.__code__, theirs)
+        with patch.object(type(knn.unwrap()), "_sample", method):
+            assert generated(knn)[1] == STEPS
+        return
+    if whose == "wrapper":
+
+        class Mine(KNNLMForCausalLM):
+            def _sample(self, *args: Any, **kwargs: Any) -> Any:
+                calls.append(1)
+                return super()._sample(*args, **kwargs)
+
+        model = sure()
+        assert generated(Mine(model, head_of(model), 0.3))[1] == STEPS
+        assert calls
+        return
     base = type(sure())
 
     class Own(base):  # type: ignore[misc, valid-type]
         def _sample(self, *args: Any, **kwargs: Any) -> Any:
-            calls.append(base._sample)
+            calls.append(1)
             return super()._sample(*args, **kwargs)
 
     Own.__module__ = base.__module__
@@ -318,10 +478,10 @@ def test_a_models_own_choice_is_left_to_it() -> None:
 
 def test_other_callers_of_the_method() -> None:
     """It is private, and may be called with less, or otherwise than generate() does."""
-    knn = SimpleNamespace()
-    for settings in ({}, {"generation_config": None, "logits_processor": None}):
+    knn = Wrapper()
+    for settings in ({}, {"generation_config": None, "logits_processor": None, "more": 1}):
         with (
-            patch.object(skipping, "gives_only_tokens", lambda _: True),
+            patch.object(skipping, "is_giving_only_tokens", lambda _: True),
             choosing_the_likeliest(knn, settings),
         ):
             assert not is_settled(knn, log_probs(0.9, 0.1), 0.2)

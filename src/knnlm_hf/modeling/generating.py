@@ -5,14 +5,14 @@ and makes a tensor that could be trained on. Under `torch.inference_mode` it doe
 a step for one token on the CPU, some hundred small operations, is a twentieth shorter. But its
 tensors are marked for good: nothing can be trained on them, and elsewhere they cannot be changed in
 place. So the mode is entered only where tokens are all that comes out, and where all code that runs
-is known: that of torch, transformers and this package. What a module keeps of the call (some have
-rotary frequencies anew for a longer text) loses the mark afterwards.
+is known: that of torch, transformers, faiss and this package. What a module keeps of the call (some
+have rotary frequencies anew for a longer text) loses the mark afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import FunctionType, MethodType
 from typing import Any
@@ -45,7 +45,8 @@ _KNOWN_MODULES = (
     "transformers.pytorch_utils",
     "knnlm_hf.",
 )
-_KNOWN_CODE = ("torch.", "transformers.", "knnlm_hf.")
+_KNOWN_CODE = ("torch.", "transformers.", "faiss.", "knnlm_hf.")
+_FUNCTIONS = (FunctionType, MethodType)
 _now: ContextVar[Any] = ContextVar("knnlm_hf_generating", default=None)
 
 
@@ -57,19 +58,18 @@ def generated(
     Not where arguments are given by their place, but for the first: it would have to be known what
     they are.
     """
-    if len(args) > 1 or not _only_tokens(knn, kwargs):
-        return inner(*args, **kwargs)
-    before = _now.set(knn)
+    is_quick = len(args) <= 1 and _only_tokens(knn, kwargs)
+    before = _now.set(knn if is_quick else None)
     try:
-        with _inferring(knn):
-            tokens = inner(*args, **kwargs)
+        with _inferring(knn) if is_quick else nullcontext():
+            made = inner(*args, **kwargs)
     finally:
         _now.reset(before)
-    return tokens.clone() if isinstance(tokens, Tensor) else tokens
+    return made.clone() if is_quick and isinstance(made, Tensor) else made
 
 
-def gives_only_tokens(knn: Any) -> bool:
-    """Whether its generate() is at work here, in inference mode for the reasons said above."""
+def is_giving_only_tokens(knn: Any) -> bool:
+    """Whether the generate() that is at work here is this wrapper's, and in inference mode."""
     return _now.get() is knn
 
 
@@ -79,11 +79,11 @@ def _only_tokens(knn: Any, arguments: dict[str, Any]) -> bool:
     visitors = [*given.get("stopping_criteria", ()), given.get("streamer")]
     return (
         knn._own.own_forward is None
-        and not knn.training
+        and not any(root.training for root in _roots(knn))
         and given.keys() <= _ARGUMENTS
         and not any(_setting(knn, given, name) for name in _OUTLIVES)
-        and all(_is_known(type(one)) for one in visitors if one is not None)
-        and all(map(_is_known, _replaceable(knn)))
+        and all(map(is_known, (type(knn)._knnlm_mixin, type(knn)._knnlm_base.forward)))
+        and all(map(_is_known_object, (*visitors, *_parts(knn))))
         and not any(map(has_other_hooks, _roots(knn)))
         and all(map(_is_plain, _modules(knn)))
         and _nothing_around(knn.device.type)
@@ -98,17 +98,24 @@ def _setting(knn: Any, given: dict[str, Any], name: str) -> Any:
     return getattr(knn.generation_config, name, None) if found is None else found
 
 
-def _replaceable(knn: Any) -> Iterator[Any]:
-    """The code, beside that of modules, in place of which a user may have put their own."""
-    yield from (type(knn)._knnlm_mixin, type(knn)._knnlm_base.forward)
+def _parts(knn: Any) -> Iterator[Any]:
+    """What a user may have made of their own, or changed, beside modules."""
     for memory in knn.memories:
         index = getattr(memory, "index", None)
-        keys = getattr(index, "keys", None)
-        yield from (type(part) for part in (memory, index, keys) if part is not None)
+        yield from (memory, index, getattr(index, "keys", None))
 
 
-def _is_known(code: Any) -> bool:
-    """Whether a class, or a function and all that it wraps, is torch's, transformers' or ours."""
+def _is_known_object(one: Any) -> bool:
+    """Whether its class is known, and what it was given beside the code of that; None is."""
+    if one is None:
+        return True
+    own = getattr(one, "__dict__", {})
+    functions = [f for f in own.values() if type(f) in _FUNCTIONS]
+    return all(map(is_known, (type(one), *functions))) and _is_known_object(own.get("tokenizer"))
+
+
+def is_known(code: Any) -> bool:
+    """Whether a class, or a function and all that it wraps, is ours or of a library of ours."""
     while code is not None:
         code = getattr(code, "__func__", code)
         # subtle: functools.wraps gives a function the module of another, but not its globals.
@@ -127,13 +134,13 @@ def _is_plain(module: nn.Module) -> bool:
     own = module.__dict__
     config = own.get("config")
     attention = ALL_ATTENTION_FUNCTIONS.get(getattr(config, "_attn_implementation", None))
-    functions = [f for f in own.values() if type(f) in (FunctionType, MethodType)]
+    functions = [f for f in own.values() if type(f) in _FUNCTIONS]
     return (
         type(module).__module__.startswith(_KNOWN_MODULES)
         and "forward" not in own
         and module._compiled_call_impl is None
-        and all(map(_is_known, (type(module).forward, *functions)))
-        and (attention is None or _is_known(attention))
+        and all(map(is_known, (type(module).forward, *functions)))
+        and (attention is None or is_known(attention))
         and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     )
 

@@ -156,12 +156,14 @@ def _listen(
 def _finish(knn: Any, own: Retrieval, call: _Call, output: Any) -> Any:
     logits = output.logits
     asked = [one for one in call.asked if one.heard.raw is not None]
-    asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
     if asked or not call.asked:  # an assistant that exits early never reaches the layer
         logits = log_softmax(logits.float(), dim=-1)
     if asked:
-        lmbdas, texts = [one.lmbda for one in asked], _texts(call, output)
-        if not is_settled(knn, logits, math.fsum(lmbdas)):
+        asked.sort(key=lambda one: call.ahead.is_asked(one.heard))  # they have the more time
+        lmbdas = [one.lmbda for one in asked]
+        texts = _texts(call, output)  # also where none is asked: the KV cache keeps them
+        is_under_way = call.ahead.is_asked(asked[-1].heard)
+        if is_under_way or not is_settled(knn, logits, math.fsum(lmbdas)):
             answers = [_answer(own, call, one, logits, texts) for one in asked]
             logits = mix_answers(logits, answers, lmbdas)
     if call.labels is None and own.own_forward is None:

@@ -7,8 +7,12 @@ Whatever a memory says, of all probability it gives one token at most all of its
 of the model's two likeliest tokens. Where that holds the mixture's likeliest token is the model's,
 and greedy generation asks for nothing else. So the tokens are those of the mixture, to the last
 one, with fewer searches: how many fewer depends on how sure the model is, and on λ (none from ½
-on). Where more than the tokens comes out, or they are drawn, or many rows are generated at once,
-every step searches.
+on).
+
+Every step searches where more than the tokens comes out, where code of the user's runs inside
+(see `generating`), where tokens are drawn, or chosen by more than their probability, where several
+texts are generated at once, on a GPU, and where the search was begun while the model went on (see
+`ahead`). So does the first step, by which a memory that does not fit is found out.
 
 Shape suffixes: V vocabulary.
 """
@@ -19,21 +23,32 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 
-from knnlm_hf.modeling.generating import gives_only_tokens
+from knnlm_hf.modeling.generating import is_giving_only_tokens, is_known
 
 _DELAY_THE_END = {MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor}
 """They set the end's tokens to −inf and leave all others as they are."""
+_SEE_LOGITS = ("_sample", "_prefill", "_update_model_kwargs_for_generation")
+"""Methods of a model in transformers that are given its output, or call it."""
 _ROUNDING = 1e-4
 """Far more than the float32 mixture errs by."""
 
-_choosing: ContextVar[tuple[Any, frozenset[int]] | None] = ContextVar(
-    "knnlm_hf_choosing", default=None
-)
+
+@dataclass
+class _Choice:
+    knn: Any
+    """The wrapper whose tokens are chosen."""
+    ends: frozenset[int]
+    """Tokens that may be forbidden at a step."""
+    has_begun: bool = False
+
+
+_choosing: ContextVar[_Choice | None] = ContextVar("knnlm_hf_choosing", default=None)
 
 
 @contextmanager
@@ -42,36 +57,45 @@ def choosing_the_likeliest(knn: Any, settings: dict[str, Any]) -> Iterator[None]
 
     Args:
         knn: the wrapper.
-        settings: what its generate() gives the method that chooses the tokens, by name.
+        settings: what its generate() gives transformers' method that chooses tokens, by name.
     """
-    config: Any = settings.get("generation_config")
-    processors: Any = settings.get("logits_processor")
-    is_usual = gives_only_tokens(knn) and config is not None and processors is not None
-    if not is_usual or config.do_sample or {*map(type, processors)} - _DELAY_THE_END:
-        yield
-        return
-    ends = frozenset(end for one in processors for end in one.eos_token_id.tolist())
-    before = _choosing.set((knn, ends))
+    before = _choosing.set(_choice(knn, **settings))
     try:
         yield
     finally:
         _choosing.reset(before)
 
 
+def _choice(
+    knn: Any, generation_config: Any = None, logits_processor: Any = None, **_: Any
+) -> _Choice | None:
+    if generation_config is None or logits_processor is None or not is_giving_only_tokens(knn):
+        return None
+    if generation_config.do_sample or {*map(type, logits_processor)} - _DELAY_THE_END:
+        return None
+    if not all(is_known(getattr(type(knn)._knnlm_base, name, None)) for name in _SEE_LOGITS):
+        return None
+    return _Choice(knn, frozenset(i for one in logits_processor for i in one.eos_token_id.tolist()))
+
+
 def is_settled(knn: Any, lm: Tensor, lmbda: float) -> bool:
-    """Whether no memory can change which token is chosen now, and nothing else is asked for.
+    """Whether only the likeliest token matters now, and no memory can change which that is.
 
     Args:
         knn: the wrapper.
         lm: (..., V) float32 log-probabilities of its model.
         lmbda: Σλ_i of the memories to be asked.
     """
-    greedy = _choosing.get()
-    if greedy is None or greedy[0] is not knn or lm.numel() != lm.shape[-1]:
+    choice = _choosing.get()
+    if choice is None or choice.knn is not knn:
         return False
-    lm_V = lm.detach().cpu().numpy().reshape(-1)  # numpy's operations are the quicker ones to begin
+    is_first, choice.has_begun = not choice.has_begun, True
+    needed = lmbda / (1 - lmbda) + _ROUNDING
+    if is_first or needed >= 1 or lm.numel() != lm.shape[-1] or lm.device.type != "cpu":
+        return False
+    lm_V = lm.detach().numpy().reshape(-1)  # numpy's operations are the quicker ones to begin
     likeliest = int(lm_V.argmax())
     others = lm_V[:likeliest], lm_V[likeliest + 1 :]
     second = max(some.max(initial=-math.inf) for some in others)
     lead = math.exp(lm_V[likeliest]) - math.exp(second)
-    return lead > lmbda / (1 - lmbda) + _ROUNDING and likeliest not in greedy[1]
+    return lead > needed and likeliest not in choice.ends

@@ -48,8 +48,7 @@ def _new_subclass(mixin: type[Any], base: type[PreTrainedModel]) -> type[Any]:
     }
     if hasattr(base, "generate") and not hasattr(mixin, "generate"):  # a user's subclass may
         members["generate"] = _generate(base)
-    own_choice = getattr(base, "_sample", None)
-    if own_choice is GenerationMixin._sample and not hasattr(mixin, "_sample"):
+    if hasattr(base, "_sample") and not hasattr(mixin, "_sample"):
         members["_sample"] = _sample
     return type(base.__name__, (mixin, base), members)
 
@@ -68,8 +67,9 @@ def _generate(base: type[Any]) -> Any:
 
 @wraps(GenerationMixin._sample)
 def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-    with choosing_the_likeliest(self, kwargs):
-        return GenerationMixin._sample(self, *args, **kwargs)
+    inner = type(self)._knnlm_base._sample
+    with choosing_the_likeliest(self, kwargs if inner is GenerationMixin._sample else {}):
+        return inner(self, *args, **kwargs)
 
 
 def mixin_of(cls: type[Any]) -> type[Any]:
