@@ -241,7 +241,7 @@ def test_tokens_are_the_mixtures(
         {"logits_processor": LogitsProcessorList([MinLengthLogitsProcessor(3, 2)])},
         {"cache_implementation": "static"},
     ],
-    ids=str,
+    ids=",".join,
 )
 def test_where_more_is_needed_than_the_likeliest(settings: dict[str, Any]) -> None:
     knn = made()
