@@ -479,7 +479,7 @@ def test_a_choice_of_its_own_is_left_to_it(whose: str) -> None:
 def test_other_callers_of_the_method() -> None:
     """It is private, and may be called with less, or otherwise than generate() does."""
     knn = Wrapper()
-    for settings in ({}, {"generation_config": None, "logits_processor": None, "more": 1}):
+    for settings in ({}, {"generation_config": None, "logits_processor": None, "knn": 1}):
         with (
             patch.object(skipping, "is_giving_only_tokens", lambda _: True),
             choosing_the_likeliest(knn, settings),

@@ -67,7 +67,7 @@ def choosing_the_likeliest(knn: Any, settings: dict[str, Any]) -> Iterator[None]
 
 
 def _choice(
-    knn: Any, generation_config: Any = None, logits_processor: Any = None, **_: Any
+    knn: Any, /, generation_config: Any = None, logits_processor: Any = None, **_: Any
 ) -> _Choice | None:
     if generation_config is None or logits_processor is None or not is_giving_only_tokens(knn):
         return None
@@ -80,6 +80,8 @@ def _choice(
 
 def is_settled(knn: Any, lm: Tensor, lmbda: float) -> bool:
     """Whether only the likeliest token matters now, and no memory can change which that is.
+
+    Not when it is first asked in a generation.
 
     Args:
         knn: the wrapper.
