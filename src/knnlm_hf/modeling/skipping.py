@@ -95,9 +95,11 @@ def is_settled(knn: Any, lm: Tensor, lmbda: float) -> bool:
     needed = lmbda / (1 - lmbda) + _ROUNDING
     if is_first or needed >= 1 or lm.numel() != lm.shape[-1] or lm.device.type != "cpu":
         return False
-    lm_V = lm.detach().numpy().reshape(-1)  # numpy's operations are the quicker ones to begin
+    lm_V = lm.numpy().reshape(-1)  # numpy's operations are the quicker ones to begin
     likeliest = int(lm_V.argmax())
+    first = math.exp(lm_V[likeliest])
+    if not first > needed or likeliest in choice.ends:
+        return False
     others = lm_V[:likeliest], lm_V[likeliest + 1 :]
-    second = max(some.max(initial=-math.inf) for some in others)
-    lead = math.exp(lm_V[likeliest]) - math.exp(second)
-    return lead > needed and likeliest not in choice.ends
+    second = math.exp(max(some.max(initial=-math.inf) for some in others))
+    return first - second > needed
