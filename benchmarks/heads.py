@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import machine, over_prompts, paired, prompts_of, quantiles, ratios
+from timing import generating, machine, paired, prompts_of, quantiles, ratios, tokens_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knnlm_hf import (
@@ -154,11 +154,8 @@ def evaluate(options: argparse.Namespace, model: Any) -> None:
 
 def speed(options: argparse.Namespace, model: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    text = Path(options.valid).read_text(encoding="utf-8")[:100_000]
-    prompts = prompts_of(tokenizer(text, verbose=False)["input_ids"])
+    prompts = prompts_of(tokens_of(options.valid, tokenizer, 20_001))
     windows = torch.randint(1, model.config.vocab_size, (8, 128))
-    greedy = {"max_new_tokens": 128, "min_new_tokens": 128, "do_sample": False, "pad_token_id": 0}
-    sampled = greedy | {"do_sample": True}
     rows: dict[str, dict[str, Any]] = {}
     for name, head in found_heads(options).items():
         knn = KNNLMForCausalLM(model, head)
@@ -171,8 +168,8 @@ def speed(options: argparse.Namespace, model: Any) -> None:
         rows[name] = {}
         both = {"model": model, "mixture": knn}
         jobs: dict[str, Callable[[Any], Callable[[], int]]] = {
-            "generate": lambda of: over_prompts(partial(of.generate, **greedy), prompts),
-            "generate, sampled": lambda of: over_prompts(partial(of.generate, **sampled), prompts),
+            "generate": partial(generating, prompts=prompts, do_sample=False),
+            "generate, sampled": partial(generating, prompts=prompts, do_sample=True),
             "forward": lambda of: partial(forward, of),
         }
         for job, work in jobs.items():

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +25,7 @@ from unittest.mock import patch
 import torch
 from rich.console import Console
 from rich.table import Table
-from timing import machine, over_prompts, paired, prompts_of, quantiles, ratios
+from timing import generating, machine, paired, prompts_of, quantiles, ratios, tokens_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knnlm_hf import (
@@ -166,23 +165,19 @@ def bench_generate(args: argparse.Namespace, model: Any, store: Any, ids: list[i
     """128 new tokens at batch 1: greedy, and sampled, where every step searches."""
     models = {"model alone": model, **wrapped(args, model, store)}
     prompts = [prompt.to(model.device) for prompt in prompts_of(ids)]
-    options = {"max_new_tokens": 128, "min_new_tokens": 128, "pad_token_id": 0}
 
-    def rates(names: Iterable[str], **choice: Any) -> dict[str, list[float]]:
-        calls = {name: partial(models[name].generate, **options, **choice) for name in names}
-        work = {name: over_prompts(call, prompts) for name, call in calls.items()}
-        return paired(work, args.runs * 3)
+    def section(names: Iterable[str], *, do_sample: bool) -> dict[str, Any]:
+        work = {name: generating(models[name], prompts, do_sample=do_sample) for name in names}
+        return _section(paired(work, args.runs * 3), "model alone")
 
     return {
-        **_section(rates(models, do_sample=False), "model alone"),
-        "steps_without_search": share_without_search(
-            models["mixture"], prompts, options | {"do_sample": False}
-        ),
-        "sampled": _section(rates(["model alone", "mixture"], do_sample=True), "model alone"),
+        **section(models, do_sample=False),
+        "steps_without_search": share_without_search(models["mixture"], prompts),
+        "sampled": section(["model alone", "mixture"], do_sample=True),
     }
 
 
-def share_without_search(knn: Any, prompts: list[Any], options: dict[str, Any]) -> float:
+def share_without_search(knn: Any, prompts: list[Any]) -> float:
     """Of the greedy steps, those whose token no memory could change."""
     settled = []
 
@@ -190,8 +185,9 @@ def share_without_search(knn: Any, prompts: list[Any], options: dict[str, Any]) 
         settled.append(is_settled(*args))
         return settled[-1]
 
+    generate = generating(knn, prompts, do_sample=False)
     with patch.object(mixture, "is_settled", watched):
-        steps = sum(over_prompts(partial(knn.generate, **options), [one])() for one in prompts)
+        steps = sum(generate() for _ in prompts)
     return sum(settled) / steps
 
 
@@ -244,17 +240,13 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
-    def tokens(path: str, limit: int) -> list[int]:
-        text = Path(path).read_text(encoding="utf-8")[: limit * 8]
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-        return ids[:limit]
-
     if args.peak_of:
-        print(peak_of(args, model, tokens(args.train, args.peak_of)))
+        print(peak_of(args, model, tokens_of(args.train, tokenizer, args.peak_of)))
         return
     results: dict[str, Any] = {"machine": machine(), "model": Path(args.model).name, "k": args.k}
     if "build" in args.only:
-        results["build"] = bench_build(args, model, tokens(args.train, args.build_tokens))
+        train = tokens_of(args.train, tokenizer, args.build_tokens)
+        results["build"] = bench_build(args, model, train)
     if "memory" in args.only:
         results["memory"] = bench_memory(args)
     if {"evaluate", "tune", "generate", "quality"} & set(args.only):
@@ -263,7 +255,7 @@ def main() -> None:
         if not (store.path / "indexes").exists():
             store.build_index("auto")
         results["store"] = {"entries": len(store), "seconds": time.perf_counter() - begun}
-        held_out = tokens(args.valid, max(20_001, args.eval_tokens))
+        held_out = tokens_of(args.valid, tokenizer, max(20_001, args.eval_tokens))
         for name, bench in (
             ("evaluate", bench_evaluate),
             ("tune", bench_tune),

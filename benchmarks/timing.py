@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -42,15 +43,25 @@ def ratios(rates: dict[str, list[float]], reference: str) -> dict[str, dict[str,
     }
 
 
-def over_prompts(generate: Callable[..., Any], prompts: list[torch.Tensor]) -> Callable[[], int]:
-    """Work for `paired`: generate from the next prompt, over and over; its units are new tokens."""
+def generating(of: Any, prompts: list[torch.Tensor], *, do_sample: bool) -> Callable[[], int]:
+    """Work for `paired`: 128 new tokens after the next of the prompts, over and over."""
     turns = cycle(prompts)
 
     def work() -> int:
         prompt = next(turns)
-        return int(generate(prompt).shape[1] - prompt.shape[1])
+        tokens = of.generate(
+            prompt, max_new_tokens=128, min_new_tokens=128, do_sample=do_sample, pad_token_id=0
+        )
+        return int(tokens.shape[1] - prompt.shape[1])
 
     return work
+
+
+def tokens_of(path: str, tokenizer: Any, limit: int) -> list[int]:
+    """The first `limit` tokens of a text file."""
+    text = Path(path).read_text(encoding="utf-8")[: limit * 8]
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids[:limit]
 
 
 def prompts_of(ids: list[int], count: int = 5, length: int = 64) -> list[torch.Tensor]:

@@ -6,7 +6,8 @@ import inspect
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 V, D = 64, 32
@@ -134,6 +135,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modernbert-decoder": {},
 }
 """Model type → what its config needs besides."""
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per whitespace-separated word: w0 … w63."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
 
 
 def tiny(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedModel:

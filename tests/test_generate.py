@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import V, tiny
+from architectures import V, tiny, tokenizer
 from packaging.version import Version
 from tiny_memory import KINDS, asked, memory_of_kind
 from torch import Tensor
@@ -16,7 +16,6 @@ from transformers import (
     ContinuousBatchingConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerFast,
     TextIteratorStreamer,
     TextStreamer,
 )
@@ -243,14 +242,6 @@ def test_banned_tokens_stay_banned(both: Any) -> None:
         **FIXED,
     )  # fmt: skip
     assert not set(tokens[:, 5:].flatten().tolist()) & set(first)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(V)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
 
 
 def test_streaming(both: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,12 +13,10 @@ from unittest.mock import patch
 import pytest
 import torch
 from accelerate import cpu_offload
-from architectures import V, tiny
+from architectures import V, tiny, tokenizer
 from marked import nothing_stays_marked
 from stores import random
 from tiny_memory import head_of, memory_of
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 from transformers import (
@@ -29,7 +27,6 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessorList,
     MaxLengthCriteria,
-    PreTrainedTokenizerFast,
     StoppingCriteria,
     TextStreamer,
 )
@@ -64,12 +61,6 @@ def modes(knn: Any, **arguments: Any) -> set[bool]:
     with patch.object(GenerationMixin, step.__name__, watched):
         knn.generate(IDS, **SETTINGS, **arguments)
     return seen
-
-
-def words() -> Any:
-    """A tokenizer of transformers', of one word per token."""
-    known = WordLevel({f"word{i}": i for i in range(V)}, "word0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(known))
 
 
 class Decoder:
@@ -136,7 +127,7 @@ def test_tokens_can_be_trained_on(knn: Any) -> None:
         {"stopping_criteria": [], "past_key_values": None, "tokenizer": object()},
         {"use_cache": False, "repetition_penalty": 1.2},
         {"prompt_lookup_num_tokens": 2, "eos_token_id": 2},  # 5.4 needs one
-        {"streamer": TextStreamer(words()), "stopping_criteria": [MaxLengthCriteria(90)]},
+        {"streamer": TextStreamer(tokenizer()), "stopping_criteria": [MaxLengthCriteria(90)]},
     ],
     ids=["none", "config", "empty", "no cache", "prompt lookup", "visitors"],
 )
@@ -420,7 +411,7 @@ def test_positional_settings_and_streams(knn: Any, capsys: pytest.CaptureFixture
     assert torch.equal(tokens, made.sequences)
     assert not made.sequences.is_inference()
     config.return_dict_in_generate = False
-    knn.generate(IDS, generation_config=config, streamer=TextStreamer(Decoder()))
+    knn.generate(IDS, generation_config=config, streamer=TextStreamer(tokenizer()))
     assert str(int(tokens[0, -1])) in capsys.readouterr().out
 
 
@@ -456,17 +447,18 @@ def test_what_a_model_keeps_can_be_trained_with(model_type: str) -> None:
 def test_nothing_is_left_when_it_fails() -> None:
     knn = made("llama", **LONGER["llama"])
 
-    class Stop(Decoder):
-        tokens = 0
+    seen: list[bool] = []
 
-        def decode(self, ids: Any, **options: Any) -> str:
-            self.tokens += 1
-            if self.tokens > 20:
-                raise KeyboardInterrupt
-            return super().decode(ids, **options)
+    def decode(self: Any, ids: Any, **_: Any) -> str:
+        seen.append(torch.is_inference_mode_enabled())
+        if len(seen) > 20:
+            raise KeyboardInterrupt
+        return "word " * len(ids)
 
-    with pytest.raises(KeyboardInterrupt):
-        knn.generate(IDS, **SETTINGS | {"max_new_tokens": 40}, streamer=TextStreamer(Stop()))
+    streamer = TextStreamer(tokenizer())
+    with patch.object(type(streamer.tokenizer), "decode", decode), pytest.raises(KeyboardInterrupt):
+        knn.generate(IDS, **SETTINGS | {"max_new_tokens": 40}, streamer=streamer)
+    assert set(seen) == {True}
     assert not torch.is_inference_mode_enabled()
     assert not any(t.is_inference() for m in knn.modules() for t in m.buffers())
     knn(IDS, labels=IDS).loss.backward()

@@ -12,9 +12,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from architectures import V, tiny
+from architectures import V, tiny, tokenizer
 from stores import random
-from test_generating import Decoder, words
+from test_generating import IDS
+from test_generating import SETTINGS as FEW_STEPS
 from tiny_memory import head_of
 from torch import Tensor
 from transformers import (
@@ -33,19 +34,13 @@ from knnlm_hf.modeling.generating import is_giving_only_tokens
 from knnlm_hf.modeling.skipping import choosing_the_likeliest, is_settled
 from knnlm_hf.parallel import pool
 
-IDS = torch.tensor([[3, 9, 27, 17, 51]])
 STEPS = 40
-SETTINGS: dict[str, Any] = {
-    "attention_mask": torch.ones_like(IDS),
-    "max_new_tokens": STEPS,
-    "min_new_tokens": STEPS,
-    "do_sample": False,
-}
+SETTINGS: dict[str, Any] = FEW_STEPS | {"max_new_tokens": STEPS, "min_new_tokens": STEPS}
 
 
-def sure() -> Any:
+def sure(model_type: str = "gpt2") -> Any:
     """A model that is sure of some tokens and not of others."""
-    model = tiny("gpt2")
+    model = tiny(model_type)
     torch.manual_seed(1)
     model.get_output_embeddings().weight = torch.nn.Parameter(torch.randn(V, 32) / 2)
     return model
@@ -299,7 +294,7 @@ class Curious:
 def test_forwards_in_between_are_whole(where: str) -> None:
     knn = made(0.05)
     curious = Curious(knn)
-    streamer = TextStreamer(curious if where == "tokenizer" else Decoder())
+    streamer = TextStreamer(curious if where == "tokenizer" else tokenizer())
     if where == "text":
         streamer.on_finalized_text = curious.look
     expected = knn(torch.tensor([[7]])).logits
@@ -311,25 +306,18 @@ def test_forwards_in_between_are_whole(where: str) -> None:
 def test_a_known_streamer_sees_nothing_but_tokens() -> None:
     """So that a chat skips too."""
     knn = made()
-    assert generated(knn, streamer=TextStreamer(words()))[1] < STEPS
+    assert generated(knn, streamer=TextStreamer(tokenizer()))[1] < STEPS
 
 
 def test_generations_within_are_whole() -> None:
     """An early exit asks the wrapper's own generate() for its scores."""
-    model = tiny("llama")
-    torch.manual_seed(1)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(V, 32) / 2)
+    model = sure("llama")
     knn = KNNLMForCausalLM(model, head_of(model, "model.layers.0"), 0.3)
     seen: list[list[Tensor]] = [[], []]
     own = type(knn).generate
     for scores, settled in zip(seen, (is_settled, lambda *_: False), strict=True):
 
-        def watched(
-            self: Any,
-            *args: Any,
-            to: Any = scores,
-            **kwargs: Any,
-        ) -> Any:
+        def watched(self: Any, *args: Any, to: Any = scores, **kwargs: Any) -> Any:
             made = own(self, *args, **kwargs)
             to.extend(getattr(made, "scores", ()))
             return made
@@ -440,40 +428,30 @@ def _searches(self: Any, *args: Any, **kwargs: Any) -> Any:
     return GenerationMixin._sample(self, *args, **kwargs)
 
 
-@pytest.mark.parametrize("whose", ["model", "wrapper", "transformers"])
+@pytest.mark.parametrize("whose", ["model", "wrapper"])
 def test_a_choice_of_its_own_is_left_to_it(whose: str) -> None:
     calls: list[Any] = []
-    if whose == "transformers":
-        knn, theirs = made(), {**globals(), "__name__": "transformers.models.mine"}
-        method = FunctionType(_searches.__code__, theirs)
-        with patch.object(type(knn.unwrap()), "_sample", method):
-            assert generated(knn)[1] == STEPS
-        return
-    if whose == "wrapper":
 
-        class Mine(KNNLMForCausalLM):
-            def _sample(self, *args: Any, **kwargs: Any) -> Any:
-                calls.append(1)
-                return super()._sample(*args, **kwargs)
-
-        model = sure()
-        assert generated(Mine(model, head_of(model), 0.3))[1] == STEPS
-        assert calls
-        return
-    base = type(sure())
-
-    class Own(base):  # type: ignore[misc, valid-type]
+    class Own:
         def _sample(self, *args: Any, **kwargs: Any) -> Any:
             calls.append(1)
-            return super()._sample(*args, **kwargs)
+            return super()._sample(*args, **kwargs)  # type: ignore[misc]
 
-    Own.__module__ = base.__module__
-    model = sure()
-    own = Own(model.config).eval()
-    own.load_state_dict(model.state_dict())
-    knn = KNNLMForCausalLM(own, head_of(own), 0.3, allow_mismatch=True)
-    assert generated(knn)[1] == STEPS
+    model, wrapper = sure(), KNNLMForCausalLM
+    if whose == "model":
+        members = {"__module__": type(model).__module__}
+        model.__class__ = type("Model", (Own, type(model)), members)
+    else:
+        wrapper = type("Wrapper", (Own, KNNLMForCausalLM), {})
+    assert generated(wrapper(model, head_of(model), 0.3))[1] == STEPS
     assert calls
+
+
+def test_so_is_one_in_transformers() -> None:
+    knn, theirs = made(), {**globals(), "__name__": "transformers.models.mine"}
+    method = FunctionType(_searches.__code__, theirs)
+    with patch.object(type(knn.unwrap()), "_sample", method):
+        assert generated(knn)[1] == STEPS
 
 
 def test_other_callers_of_the_method() -> None:

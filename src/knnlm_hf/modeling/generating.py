@@ -46,7 +46,6 @@ _KNOWN_MODULES = (
     "knnlm_hf.",
 )
 _KNOWN_CODE = ("torch.", "transformers.", "faiss.", "knnlm_hf.")
-_FUNCTIONS = (FunctionType, MethodType)
 _now: ContextVar[Any] = ContextVar("knnlm_hf_generating", default=None)
 
 
@@ -110,8 +109,13 @@ def _is_known_object(one: Any) -> bool:
     if one is None:
         return True
     own = getattr(one, "__dict__", {})
-    functions = [f for f in own.values() if type(f) in _FUNCTIONS]
-    return all(map(is_known, (type(one), *functions))) and _is_known_object(own.get("tokenizer"))
+    has_known_code = is_known(type(one)) and all(map(is_known, _functions(own)))
+    return has_known_code and _is_known_object(own.get("tokenizer"))
+
+
+def _functions(own: dict[str, Any]) -> list[Any]:
+    """Those that an object was given, beside its class's."""
+    return [value for value in own.values() if type(value) in (FunctionType, MethodType)]
 
 
 def is_known(code: Any) -> bool:
@@ -134,12 +138,11 @@ def _is_plain(module: nn.Module) -> bool:
     own = module.__dict__
     config = own.get("config")
     attention = ALL_ATTENTION_FUNCTIONS.get(getattr(config, "_attn_implementation", None))
-    functions = [f for f in own.values() if type(f) in _FUNCTIONS]
     return (
         type(module).__module__.startswith(_KNOWN_MODULES)
         and "forward" not in own
         and module._compiled_call_impl is None
-        and all(map(is_known, (type(module).forward, *functions)))
+        and all(map(is_known, (type(module).forward, *_functions(own))))
         and (attention is None or is_known(attention))
         and all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
     )

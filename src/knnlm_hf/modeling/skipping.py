@@ -27,7 +27,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
+from transformers import (
+    GenerationMixin,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 
 from knnlm_hf.modeling.generating import is_giving_only_tokens, is_known
 
@@ -73,7 +77,9 @@ def _choice(
         return None
     if generation_config.do_sample or {*map(type, logits_processor)} - _DELAY_THE_END:
         return None
-    if not all(is_known(getattr(type(knn)._knnlm_base, name, None)) for name in _SEE_LOGITS):
+    model = type(knn)._knnlm_base
+    is_usual = model._sample is GenerationMixin._sample  # one of its own may do anything
+    if not is_usual or not all(is_known(getattr(model, name, None)) for name in _SEE_LOGITS):
         return None
     return _Choice(knn, frozenset(i for one in logits_processor for i in one.eos_token_id.tolist()))
 

@@ -67,9 +67,8 @@ def _generate(base: type[Any]) -> Any:
 
 @wraps(GenerationMixin._sample)
 def _sample(self: Any, *args: Any, **kwargs: Any) -> Any:
-    inner = type(self)._knnlm_base._sample
-    with choosing_the_likeliest(self, kwargs if inner is GenerationMixin._sample else {}):
-        return inner(self, *args, **kwargs)
+    with choosing_the_likeliest(self, kwargs):
+        return type(self)._knnlm_base._sample(self, *args, **kwargs)
 
 
 def mixin_of(cls: type[Any]) -> type[Any]:
